@@ -1,0 +1,34 @@
+# Every target that needs the environment makes it first, in .venv, once.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: install demo test lint bench clean
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[all,dev]'
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/detpost demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -n auto --dist loadfile
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# As a module, so that the baselines of tests/reference can be imported from here.
+bench: $(STAMP)
+	$(BIN)/python -m detpost bench
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo_out
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

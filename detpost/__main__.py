@@ -1,0 +1,5 @@
+"""``python -m detpost`` is the ``detpost`` command."""
+
+from detpost.cli import main
+
+main()

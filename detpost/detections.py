@@ -1,0 +1,147 @@
+"""The one container that everything flows through, and its conversions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from detpost.boxes import convert
+
+__all__ = ["Detections"]
+
+_T = TypeVar("_T")
+
+
+class Detections(NamedTuple):
+    """Detections of B images in K slots each, best first.
+
+    Slots that are not valid read score 0, label -1, query -1 and box 0 0 0 0. A NamedTuple, so it passes through
+    ``torch.compile``, ``torch.export`` and CUDA graphs. The conversions below copy to the host and drop what is not
+    valid; nothing else here does.
+
+    Args:
+        scores: (B, K), float32 (float64 from float64 logits), within [0, 1].
+        labels: (B, K), int64, class channel of the logits.
+        boxes: (B, K, 4), float32 (float64 from float64 boxes), xyxy, in pixels of the original image where image sizes
+            were given, else normalised.
+        queries: (B, K), int64, index of the query that made the detection.
+        valid: (B, K), bool.
+    """
+
+    scores: Tensor
+    labels: Tensor
+    boxes: Tensor
+    queries: Tensor
+    valid: Tensor
+
+    def to_list(self) -> list[dict[str, Tensor]]:
+        """Give one dict per image, as torchvision and transformers do.
+
+        Returns:
+            For each image ``scores`` (D,), ``labels`` (D,), ``boxes`` (D, 4) and ``queries`` (D,), its D valid
+            detections, best first, on the same device and still differentiable.
+
+        Example:
+            >>> from detpost import DetectionPostProcessor
+            >>> post = DetectionPostProcessor.from_preset("rtdetr", top_k=2, score_threshold=0.5)
+            >>> logits, boxes = torch.tensor([[[2.0, -2.0]]]), torch.tensor([[[0.5, 0.5, 1.0, 1.0]]])
+            >>> post(logits, boxes, torch.tensor([[10, 20]])).to_list()[0]["boxes"]
+            tensor([[ 0.,  0., 20., 10.]])
+        """
+        names = ("scores", "labels", "boxes", "queries")
+        return [
+            {name: values[keep] for name, values in zip(names, rows, strict=True)}
+            for *rows, keep in zip(self.scores, self.labels, self.boxes, self.queries, self.valid, strict=True)
+        ]
+
+    def to_coco(
+        self, image_ids: Sequence[int | str], category_ids: Sequence[int] | Mapping[int, int] | None = None
+    ) -> list[dict[str, Any]]:
+        """Give COCO results: ``image_id``, ``category_id``, ``bbox`` (x, y, width, height) and ``score``.
+
+        Args:
+            image_ids: the id of each of the B images.
+            category_ids: the category id of each label, a sequence or a mapping; ``None`` takes the label itself.
+
+        Returns:
+            One dict per valid detection, image by image, best first; plain numbers, ready for ``json.dump``.
+
+        Raises:
+            ValueError: another number of ids than images, or a label without a category id.
+        """
+        if len(image_ids) != len(self.scores):
+            raise ValueError(f"image_ids must have one id for each of {len(self.scores)} images; got {len(image_ids)}")
+        rows: list[dict[str, Any]] = []
+        for image_id, image in zip(image_ids, self.to_list(), strict=True):
+            corners = convert(image["boxes"].detach(), "xyxy", "xywh").tolist()
+            for score, label, box in zip(image["scores"].tolist(), image["labels"].tolist(), corners, strict=True):
+                category = label if category_ids is None else _plain(_of_label(category_ids, label, "category_ids"))
+                rows.append({"image_id": _plain(image_id), "category_id": category, "bbox": box, "score": score})
+        return rows
+
+    def to_supervision(self, index: int, class_names: Sequence[str] | Mapping[int, str] | None = None) -> Any:
+        """Give the detections of one image as ``supervision.Detections``.
+
+        Args:
+            index: which image.
+            class_names: the name of each label; where given, they stand in ``data["class_name"]``.
+
+        Returns:
+            ``supervision.Detections`` with ``xyxy``, ``confidence``, ``class_id`` and ``data["query"]``.
+
+        Raises:
+            ImportError: supervision is not installed.
+            ValueError: a label without a name.
+        """
+        supervision = _supervision()
+        image = {name: value.detach().cpu().numpy() for name, value in self.to_list()[index].items()}
+        data: dict[str, Any] = {"query": image["queries"]}
+        if class_names is not None:
+            import numpy as np
+
+            names = [_of_label(class_names, label, "class_names") for label in image["labels"].tolist()]
+            data = {**data, "class_name": np.array(names, str)}
+        return supervision.Detections(
+            xyxy=image["boxes"].reshape(-1, 4), confidence=image["scores"], class_id=image["labels"], data=data
+        )
+
+    def to_kornia(self) -> list[Tensor]:
+        """Give kornia's rows: class, score, x, y, width, height.
+
+        Returns:
+            For each image (D, 6), the dtype of the scores, its D valid detections, best first.
+        """
+        return [
+            torch.cat(
+                (
+                    image["labels"].to(image["scores"].dtype).unsqueeze(-1),
+                    image["scores"].unsqueeze(-1),
+                    convert(image["boxes"], "xyxy", "xywh").to(image["scores"].dtype),
+                ),
+                dim=-1,
+            )
+            for image in self.to_list()
+        ]
+
+
+def _of_label(table: Sequence[_T] | Mapping[int, _T], label: int, name: str) -> _T:
+    try:
+        return table[label]
+    except (KeyError, IndexError):
+        raise ValueError(f"{name} has no entry for label {label}; it has {len(table)} entries") from None
+
+
+def _plain(value: Any) -> Any:
+    """Make a NumPy or torch scalar a plain number: json writes no other."""
+    return value.item() if hasattr(value, "item") else value
+
+
+def _supervision() -> Any:
+    try:
+        import supervision
+    except ImportError:
+        raise ImportError("to_supervision needs supervision: pip install 'detpost[viz]'") from None
+    return supervision

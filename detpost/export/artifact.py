@@ -1,0 +1,103 @@
+"""ONNX files that detpost writes: what they say of themselves, and the last check before they are written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from detpost.export.decode_graph import import_onnx
+from detpost.export.files import write_onnx
+from detpost.spec import DecodeSpec, name_of_preset
+
+if TYPE_CHECKING:
+    import onnx
+
+__all__ = ["OnnxExport", "describe", "finish", "read_metadata"]
+
+_PREFIX = "detpost."
+
+
+@dataclass(frozen=True)
+class OnnxExport:
+    """What :func:`detpost.export.to_onnx` and :func:`detpost.export.attach` wrote.
+
+    Args:
+        path: the file.
+        opset: its version of the default operator set.
+        exporter: what made the network's part: ``"torchscript"``, ``"dynamo"``, or ``"none"`` where there was none.
+        inputs: names of the inputs, in order.
+        outputs: names of the outputs, in order.
+        notes: what the caller should know: outputs taken, values renamed, an exporter that was passed over and why.
+    """
+
+    path: Path
+    opset: int
+    exporter: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+
+
+def describe(
+    spec: DecodeSpec, class_names: Mapping[int, str] | None, io: str, ties: str, keep_raw: bool
+) -> dict[str, Any]:
+    """Give the metadata that lets a file be used without knowing where it came from."""
+    return {
+        "spec": vars(spec),
+        "preset": name_of_preset(spec),
+        "class_names": {str(label): name for label, name in (class_names or {}).items()},
+        "io": io,
+        "ties": ties,
+        "raw_outputs": keep_raw,
+    }
+
+
+def finish(
+    model: onnx.ModelProto, path: Path, metadata: Mapping[str, Any], *, exporter: str, notes: tuple[str, ...] = ()
+) -> OnnxExport:
+    """Record the metadata, check the whole graph and write it."""
+    import detpost
+
+    onnx = import_onnx()
+    opset = next(int(entry.version) for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
+    recorded = {**metadata, "version": detpost.__version__, "opset": opset}
+    kept = [(p.key, p.value) for p in model.metadata_props if not p.key.startswith(_PREFIX)]
+    own = [(_PREFIX + key, json.dumps(value)) for key, value in recorded.items()]
+    onnx.helper.set_model_props(model, dict([*kept, *own]))
+    # Operators of another domain have no shape inference that the full check could run.
+    standard = all(entry.domain in ("", "ai.onnx") for entry in model.opset_import)
+    try:
+        onnx.checker.check_model(model, full_check=standard)
+    except onnx.checker.ValidationError as error:
+        raise ValueError(f"the graph does not pass onnx.checker: {str(error).strip().splitlines()[0]}") from error
+    write_onnx(model, path)
+    return OnnxExport(
+        path=path,
+        opset=opset,
+        exporter=exporter,
+        inputs=tuple(value.name for value in model.graph.input),
+        outputs=tuple(value.name for value in model.graph.output),
+        notes=notes,
+    )
+
+
+def read_metadata(properties: Mapping[str, str], path: Path) -> dict[str, Any]:
+    """Read what :func:`finish` recorded.
+
+    Args:
+        properties: the file's metadata properties.
+        path: the file, for the message.
+
+    Returns:
+        The metadata.
+
+    Raises:
+        ValueError: a file that detpost did not write.
+    """
+    found = {key[len(_PREFIX) :]: value for key, value in properties.items() if key.startswith(_PREFIX)}
+    if "spec" not in found:
+        raise ValueError(f"{path} was not written by detpost: put post-processing behind it with `detpost attach`")
+    return {key: json.loads(value) for key, value in found.items()}

@@ -1,0 +1,369 @@
+"""Detectors and post-processors to ONNX: one file, verified against PyTorch before it is written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from detpost.export.artifact import OnnxExport, describe, finish
+from detpost.export.attach import attach_graph
+from detpost.export.decode_graph import (
+    OLDEST_OPSET,
+    IoNames,
+    Ties,
+    decode_graph,
+    export_torchscript,
+    import_onnx,
+    quiet_exporter,
+)
+from detpost.export.runtime import onnx_session
+from detpost.images import Preprocessing
+from detpost.postprocess import DetectionPostProcessor, DetectorModule, raw_outputs
+from detpost.spec import DecodeSpec
+
+if TYPE_CHECKING:
+    import onnx
+
+__all__ = ["OnnxExport", "to_onnx"]
+
+Exporter = Literal["auto", "torchscript", "dynamo"]
+Progress = Callable[[str], None]
+
+# What ONNX Runtime, OpenVINO and TensorRT have all taken for years, and the newest that the older exporter is sure of.
+DEFAULT_OPSET = 17
+
+
+def to_onnx(
+    model: str | Path | nn.Module,
+    path: str | Path,
+    spec: DecodeSpec | None = None,
+    *,
+    num_queries: int | None = None,
+    num_classes: int | None = None,
+    image_size: tuple[int, int] | None = None,
+    dynamic_batch: bool = True,
+    dynamic_size: bool = False,
+    io: IoNames = "detpost",
+    ties: Ties = "exact",
+    queries: bool = False,
+    keep_raw: bool = False,
+    preprocessing: Preprocessing | None = None,
+    preprocess_inside: bool = False,
+    class_names: Mapping[int, str] | None = None,
+    opset: int = DEFAULT_OPSET,
+    exporter: Exporter = "auto",
+    progress: Progress | None = None,
+) -> OnnxExport:
+    """Export a detector with its post-processing, or a post-processor alone, to one ONNX file.
+
+    The graph has inputs ``images`` (B, 3, H, W) float32 and ``image_sizes`` (B, 2) int64, (height, width) in pixels,
+    and outputs ``labels`` (B, K) int64, ``boxes`` (B, K, 4) float32 xyxy in pixels, ``scores`` (B, K) float32 and
+    ``valid`` (B, K) bool. A post-processor alone takes ``pred_logits`` (B, Q, C) and ``pred_boxes`` (B, Q, 4) in place
+    of ``images``. Before the file is written the graph passes ``onnx.checker`` with full shape inference and, where
+    onnxruntime is installed, is run against PyTorch at two batch sizes (and two image sizes where those are dynamic).
+
+    Args:
+        model: ``"tiny"``, a transformers directory or hub id, any module that :func:`detpost.postprocess.raw_outputs`
+            can read, or a :class:`DetectionPostProcessor`.
+        path: where to write. The file appears whole or not at all.
+        spec: how the outputs are decoded; ``None`` takes the family's preset (a plain module needs one).
+        num_queries: Q, for a post-processor alone.
+        num_classes: C, for a post-processor alone.
+        image_size: (height, width) of the network input; ``None`` takes the model's own.
+        dynamic_batch: whether the batch size is free.
+        dynamic_size: whether the image size is free.
+        io: names and order: ``"detpost"`` as above; ``"rtdetr"`` as RT-DETR and D-FINE runners expect (``images``,
+            ``orig_target_sizes`` as (width, height); ``labels``, ``boxes``, ``scores``); ``"efficientnms"`` gives
+            ``num_dets`` (B, 1) int32, ``det_boxes``, ``det_scores`` and ``det_classes`` (B, K) int32.
+        ties: ``"exact"`` resolves equal scores in the graph, so that every runtime chooses the same;
+            ``"runtime"`` leaves them to the runtime's TopK.
+        queries: whether ``queries`` (B, K) int64 is an output too.
+        keep_raw: whether ``pred_logits`` and ``pred_boxes`` are outputs too.
+        preprocessing: for a plain module, how images become its input; recorded in the file.
+        preprocess_inside: take ``images`` as uint8 0..255, resized but neither scaled nor normalised.
+        class_names: the name of each label, recorded in the file; ``None`` takes the model's own.
+        opset: version of the default operator set, 11 or later.
+        exporter: PyTorch's exporter; ``"auto"`` takes the first whose graph agrees with PyTorch.
+        progress: called with one line before each long step.
+
+    Returns:
+        What was written.
+
+    Raises:
+        ImportError: onnx is missing; the message names the extra.
+        ValueError: arguments that do not fit, or a graph that no exporter could make; the message says why.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> post = DetectionPostProcessor.from_preset("rtdetr", top_k=10)
+        >>> with TemporaryDirectory() as folder:
+        ...     to_onnx(post, f"{folder}/post.onnx", num_queries=20, num_classes=5).outputs
+        ('labels', 'boxes', 'scores', 'valid')
+    """
+    _check_choices(io, ties, exporter, opset)
+    say = progress or (lambda _: None)
+    if isinstance(model, DetectionPostProcessor):
+        if num_queries is None or num_classes is None:
+            raise ValueError("a post-processor alone needs num_queries and num_classes")
+        say("exporting the post-processing")
+        graph = decode_graph(
+            spec or model.spec,
+            num_queries,
+            num_classes,
+            opset=opset,
+            io=io,
+            ties=ties,
+            queries=queries,
+            dynamic_batch=dynamic_batch,
+        )
+        metadata = describe(spec or model.spec, class_names, io, ties, keep_raw=False)
+        return finish(graph, Path(path), metadata, exporter="none")
+    source = _Source.of(model, spec, image_size, preprocessing, class_names)
+    raw = _export_network(source, opset, exporter, dynamic_batch, dynamic_size, preprocess_inside, say)
+    say("attaching the post-processing")
+    attached, _ = attach_graph(
+        raw.model,
+        source.spec,
+        logits="pred_logits",
+        boxes="pred_boxes",
+        io=io,
+        ties=ties,
+        queries=queries,
+        keep_raw=keep_raw,
+    )
+    metadata = {
+        **describe(source.spec, source.class_names, io, ties, keep_raw),
+        "exporter": raw.exporter,
+        "input_size": None if dynamic_size else list(source.image_size),
+        "preprocessing": source.preprocessing.to_dict(),
+        "preprocess_inside": preprocess_inside,
+    }
+    say("checking and writing the file")
+    return finish(attached, Path(path), metadata, exporter=raw.exporter, notes=raw.notes)
+
+
+def _check_choices(io: str, ties: str, exporter: str, opset: int) -> None:
+    for name, value, allowed in (
+        ("io", io, get_args(IoNames)),
+        ("ties", ties, get_args(Ties)),
+        ("exporter", exporter, get_args(Exporter)),
+    ):
+        if value not in allowed:
+            raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")
+    if opset < OLDEST_OPSET:
+        raise ValueError(f"opset must be {OLDEST_OPSET} or later; got {opset}")
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A network to export and all that its file should say."""
+
+    model: nn.Module
+    spec: DecodeSpec
+    image_size: tuple[int, int]
+    preprocessing: Preprocessing
+    class_names: Mapping[int, str]
+
+    @classmethod
+    def of(
+        cls,
+        model: str | Path | nn.Module,
+        spec: DecodeSpec | None,
+        image_size: tuple[int, int] | None,
+        preprocessing: Preprocessing | None,
+        class_names: Mapping[int, str] | None,
+    ) -> _Source:
+        names = class_names
+        if isinstance(model, DetectorModule):
+            spec = spec or model.post.spec
+            model = model.model
+        if isinstance(model, (str, Path)):
+            from detpost.integrations.transformers import load_detector
+
+            loaded = load_detector(model)
+            model, preprocessing = loaded.model, preprocessing or loaded.export_preprocessing
+            spec, names = spec or loaded.spec, names or loaded.class_names
+        elif spec is None:
+            spec = _spec_of(model)
+        if names is None:
+            names = getattr(getattr(model, "config", None), "id2label", None) or {}
+        if preprocessing is None:
+            preprocessing = Preprocessing(*(image_size or (640, 640)))
+        size = image_size or (preprocessing.height, preprocessing.width)
+        if size != (preprocessing.height, preprocessing.width):
+            preprocessing = replace(preprocessing, height=size[0], width=size[1])
+        return cls(model.eval(), spec, size, preprocessing, names)
+
+
+def _spec_of(model: nn.Module) -> DecodeSpec:
+    """Pick the spec of a module that says what it is: a transformers detector or kornia's RT-DETR."""
+    config = getattr(model, "config", None)
+    if getattr(config, "model_type", None) is not None:
+        return DecodeSpec.from_config(config)
+    if type(model).__module__.startswith("kornia.models.rt_detr"):
+        return DecodeSpec.preset("rtdetr")
+    raise ValueError("a plain module needs a spec: DecodeSpec.preset('rtdetr') for an RT-DETR")
+
+
+class _RawNetwork(nn.Module):
+    """Images to (logits, boxes), with the scaling and normalisation in front on request."""
+
+    def __init__(self, model: nn.Module, preprocessing: Preprocessing | None) -> None:
+        super().__init__()
+        self.model = model
+        self.preprocessing = preprocessing
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        if self.preprocessing is not None:
+            images = self.preprocessing.normalise(images.to(torch.float32))
+        return raw_outputs(self.model(images))
+
+
+@dataclass(frozen=True)
+class _RawGraph:
+    model: onnx.ModelProto
+    exporter: str
+    notes: tuple[str, ...]
+
+
+def _export_network(
+    source: _Source,
+    opset: int,
+    exporter: Exporter,
+    dynamic_batch: bool,
+    dynamic_size: bool,
+    preprocess_inside: bool,
+    say: Progress,
+) -> _RawGraph:
+    """Export the network with the first exporter whose graph agrees with PyTorch."""
+    onnx = import_onnx()
+    network = _RawNetwork(source.model, source.preprocessing if preprocess_inside else None).eval()
+    device = next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
+    dtype = torch.uint8 if preprocess_inside else torch.float32
+    example = _images(2 if dynamic_batch else 1, source.image_size, dtype, seed=0).to(device)
+    free = {0: "batch"} if dynamic_batch else {}
+    dynamic = {"images": {**free, **({2: "height", 3: "width"} if dynamic_size else {})}}
+    dynamic |= {name: dict(free) for name in ("pred_logits", "pred_boxes")}
+    failures: list[str] = []
+    for name in _EXPORTERS if exporter == "auto" else (exporter,):
+        say(f"exporting the network ({name} exporter)")
+        try:
+            model = _EXPORTERS[name](network, example, dynamic, opset)
+            onnx.checker.check_model(model, full_check=True)
+            say("comparing the network with PyTorch")
+            _compare_with_eager(network, model, source.image_size, dtype, device, dynamic_batch, dynamic_size)
+        except Exception as error:  # an exporter may fail with anything, and the user should meet no stack trace
+            failures.append(f"the {name} exporter failed: {_first_line(error)}")
+            continue
+        return _RawGraph(model, name, (*failures, f"network exported with the {name} exporter"))
+    raise ValueError("no exporter could make the graph: " + "; ".join(failures))
+
+
+def _torchscript(
+    network: nn.Module, example: Tensor, dynamic: dict[str, dict[int, str]], opset: int
+) -> onnx.ModelProto:
+    dynamic = {name: axes for name, axes in dynamic.items() if axes}
+    return export_torchscript(network, (example,), ("images",), ("pred_logits", "pred_boxes"), dynamic, opset)
+
+
+def _dynamo(network: nn.Module, example: Tensor, dynamic: dict[str, dict[int, str]], opset: int) -> onnx.ModelProto:
+    axes = {axis: torch.export.Dim(name) for axis, name in dynamic["images"].items()}
+    with quiet_exporter(), torch.no_grad():
+        program = torch.onnx.export(
+            network,
+            (example,),
+            input_names=["images"],
+            output_names=["pred_logits", "pred_boxes"],
+            dynamic_shapes=({**axes},) if axes else None,
+            opset_version=max(opset, 18),
+            dynamo=True,
+            verbose=False,
+        )
+    if program is None:
+        raise ValueError("no program came back")
+    return program.model_proto
+
+
+# In the order of trying: the older exporter takes every family of the presets with a free batch size, in a fraction of
+# the time; the newer one has no function for an operator of RT-DETRv2 then.
+_EXPORTERS: dict[str, Callable[[nn.Module, Tensor, dict[str, dict[int, str]], int], Any]] = {
+    "torchscript": _torchscript,
+    "dynamo": _dynamo,
+}
+
+
+def _images(batch: int, size: tuple[int, int], dtype: torch.dtype, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.rand(batch, 3, *size, generator=generator)
+    return (pixels * 255).to(torch.uint8) if dtype == torch.uint8 else pixels
+
+
+def _compare_with_eager(
+    network: nn.Module,
+    model: onnx.ModelProto,
+    image_size: tuple[int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+    dynamic_batch: bool,
+    dynamic_size: bool,
+) -> None:
+    """Run the graph where it was not traced: a tracer that took a size for a constant shows there.
+
+    A detector may pick its own queries with a top-k, so rows may change places: the sorted best logits are compared.
+    For the same reason PyTorch's own top-k breaks ties by index here, as ONNX Runtime's does: in a network that is not
+    trained yet all candidates may tie.
+    """
+    try:
+        session = onnx_session(model.SerializeToString())
+    except ImportError:
+        return
+    sizes = [image_size, *([(image_size[0] + 64, image_size[1] + 32)] if dynamic_size else [])]
+    for seed, (batch, size) in enumerate((b, s) for b in ((1, 3) if dynamic_batch else (1,)) for s in sizes):
+        images = _images(batch, size, dtype, seed=seed + 1)
+        with torch.no_grad(), _StableTopK():
+            expected = network(images.to(device))[0].cpu()
+        got = torch.from_numpy(session.run(["pred_logits"], {"images": images.numpy()})[0])
+        if got.shape != expected.shape:
+            raise ValueError(f"the graph gives logits {tuple(got.shape)} where PyTorch gives {tuple(expected.shape)}")
+        best = [values.float().amax(dim=2).sort(dim=1).values for values in (got, expected)]
+        # Not the greatest: one query more or less at the detector's own cut is no fault of the graph.
+        difference = float((best[0] - best[1]).abs().quantile(0.9)) if best[0].numel() else 0.0
+        if not difference <= _MOST_LOGIT_DIFFERENCE:
+            raise ValueError(
+                f"the graph's logits differ from PyTorch's by {difference:.3g} at batch {batch}, size {size}"
+            )
+
+
+class _StableTopK(TorchFunctionMode):
+    """Make ``torch.topk`` take the lower index first among equal values."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func not in (torch.topk, Tensor.topk):
+            return func(*args, **(kwargs or {}))
+        return _stable_top_k(*args, **(kwargs or {}))
+
+
+def _stable_top_k(
+    values: Tensor, k: int, dim: int = -1, axis: int | None = None, largest: bool = True, sorted: bool = True
+) -> torch.return_types.topk:
+    found = values.sort(dim=dim if axis is None else axis, descending=largest, stable=True)
+    kept = [part.narrow(dim if axis is None else axis, 0, k) for part in found]
+    return torch.return_types.topk((kept[0], kept[1]))
+
+
+# Whole networks in another runtime differ by rounding alone; a wrong graph differs by more than this.
+_MOST_LOGIT_DIFFERENCE = 0.05
+
+
+def _first_line(error: BaseException) -> str:
+    """Say in one line what went wrong: of the innermost cause, since exporters wrap theirs in pages of advice."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

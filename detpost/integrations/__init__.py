@@ -1,0 +1,1 @@
+"""Bridges to the libraries that people already use, each imported only when asked for."""

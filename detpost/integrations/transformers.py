@@ -1,0 +1,159 @@
+"""Detectors from the transformers library: loading, and which preset each family takes."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from detpost.images import Preprocessing
+from detpost.spec import DecodeSpec
+
+__all__ = ["LoadedDetector", "load_detector"]
+
+Prepare = Callable[[Sequence[Tensor]], tuple[Tensor, Tensor, Tensor | None]]
+
+
+@dataclass(frozen=True)
+class LoadedDetector:
+    """A detector and all that running or exporting it takes.
+
+    Args:
+        model: images (B, 3, H, W) to an output with ``logits`` and ``pred_boxes``.
+        spec: how its outputs are decoded.
+        class_names: the name of each label.
+        preprocessing: the fixed-size preprocessing, or ``None`` where the input size follows the image.
+        export_preprocessing: the same scaling and normalisation at one size, for files whose input size is fixed.
+        prepare: uint8 images (3, H, W) to (images, image sizes (B, 2), pixel mask or ``None``).
+    """
+
+    model: nn.Module
+    spec: DecodeSpec
+    class_names: dict[int, str]
+    preprocessing: Preprocessing | None
+    export_preprocessing: Preprocessing
+    prepare: Prepare
+
+
+def load_detector(source: str | Path) -> LoadedDetector:
+    """Load a detector from a transformers directory or hub id, in float32 and evaluation mode.
+
+    Args:
+        source: ``"tiny"``, a directory with ``config.json`` and ``model.safetensors``, or a hub id.
+            ``preprocessor_config.json`` may be missing: the family's defaults serve then, at the input size that the
+            model's config names.
+
+    Returns:
+        The detector.
+
+    Raises:
+        ImportError: transformers is not installed.
+        ValueError: not a detector, or a family without a preset.
+        OSError: nothing at that place.
+    """
+    try:
+        import transformers
+    except ImportError:
+        raise ImportError("transformers detectors need transformers: pip install 'detpost[hf]'") from None
+    if source == "tiny":
+        from detpost.zoo import TINY
+
+        source = TINY
+    with _quiet():
+        try:
+            config = transformers.AutoConfig.from_pretrained(source)
+        except (OSError, ValueError) as error:
+            # transformers answers in a paragraph; its first sentence names the place.
+            reason = str(error).strip().splitlines()[0]
+            raise OSError(
+                f"no detector at {str(source)!r}, neither a file, a transformers directory nor a hub id: {reason}"
+            ) from error
+        spec = DecodeSpec.from_config(config)
+        # Safetensors alone: nothing is unpickled.
+        model = transformers.AutoModelForObjectDetection.from_pretrained(
+            source, dtype=torch.float32, use_safetensors=True
+        )
+        processor = _processor(source, config)
+    preprocessing = _fixed_size(processor)
+    edge = int((processor.size or {}).get("shortest_edge") or 640)
+    return LoadedDetector(
+        model=model.eval(),
+        spec=spec,
+        class_names={int(label): str(name) for label, name in config.id2label.items()},
+        preprocessing=preprocessing,
+        export_preprocessing=preprocessing or _at_size(processor, edge, edge),
+        prepare=_with_processor(processor) if preprocessing is None else _with_preprocessing(preprocessing),
+    )
+
+
+def _processor(source: str | Path, config: Any) -> Any:
+    import transformers
+
+    try:
+        return transformers.AutoImageProcessor.from_pretrained(source)
+    except (OSError, ValueError):
+        # No preprocessor_config.json. RT-DETR and its kin take plain 0..1 images of the size their anchors are made
+        # for; the others take the defaults of the original DETR, which all their processors share.
+        if config.model_type not in ("rt_detr", "rt_detr_v2", "d_fine", "deimv2"):
+            return transformers.DetrImageProcessor()
+        named = (getattr(config, name, None) for name in ("anchor_image_size", "eval_size"))
+        size = next((value for value in named if value), 640)
+        height, width = (size, size) if isinstance(size, int) else size
+        return transformers.RTDetrImageProcessor(size={"height": height, "width": width})
+
+
+def _fixed_size(processor: Any) -> Preprocessing | None:
+    """Read a processor that resizes every image to one size; ``None`` for one that does anything else."""
+    size = processor.size or {}
+    bilinear = int(getattr(processor, "resample", 2)) == 2
+    if "height" not in size or "width" not in size or not processor.do_resize or not bilinear:
+        return None
+    return _at_size(processor, int(size["height"]), int(size["width"]))
+
+
+def _at_size(processor: Any, height: int, width: int) -> Preprocessing:
+    normalise = processor.do_normalize
+    return Preprocessing(
+        height=height,
+        width=width,
+        scale=float(processor.rescale_factor) if processor.do_rescale else 1.0,
+        mean=tuple(map(float, processor.image_mean)) if normalise else (0.0, 0.0, 0.0),  # type: ignore[arg-type]
+        std=tuple(map(float, processor.image_std)) if normalise else (1.0, 1.0, 1.0),  # type: ignore[arg-type]
+    )
+
+
+def _with_preprocessing(preprocessing: Preprocessing) -> Prepare:
+    def prepare(images: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
+        return *preprocessing(images), None
+
+    return prepare
+
+
+def _with_processor(processor: Any) -> Prepare:
+    def prepare(images: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
+        inputs = processor(images=list(images), return_tensors="pt", input_data_format="channels_first")
+        sizes = torch.tensor([image.shape[-2:] for image in images], dtype=torch.int64).reshape(-1, 2)
+        return inputs["pixel_values"], sizes, inputs.get("pixel_mask")
+
+    return prepare
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers' progress bars and load reports off the terminal, and put its settings back."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

@@ -1,0 +1,77 @@
+"""Checks of the arguments that the losses share: each failure is one line with what came and the way out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def check_reduction(reduction: str) -> None:
+    """Refuse a reduction that no loss here knows."""
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of 'mean', 'sum', 'none'; got {reduction!r}")
+
+
+def check_floating(name: str, value: Tensor) -> None:
+    """Refuse a prediction that cannot carry a gradient."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor; got {type(value).__name__}: convert it with torch.as_tensor")
+    if not value.is_floating_point():
+        raise ValueError(f"{name} must have a floating dtype; got {value.dtype}: pass {name}.float()")
+    if value.numel() == 0:
+        raise ValueError(f"{name} must hold at least one element; got shape {tuple(value.shape)}")
+
+
+def exporting() -> bool:
+    """Whether a graph is being written for another runtime, which has plain operators only."""
+    return torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export()
+
+
+def class_numbers(ids: Tensor, num_classes: int) -> Tensor:
+    """Return 0 ... num_classes - 1 as (C,) int64 on the ids' device, and refuse ids outside that range.
+
+    The test reads values without breaking ``torch.compile``: it is one opaque operator, whose result (always 0) is
+    added to the numbers so that no compiler may drop it. On the CPU it raises a ``ValueError`` that shows the ids. On
+    an accelerator it is an asynchronous device-side assertion, as ``cross_entropy`` has it, without synchronisation. An
+    exported graph leaves it out (ONNX has no assertion); there an id out of range belongs to no class.
+    """
+    numbers = torch.arange(num_classes, device=ids.device)
+    if exporting():
+        return numbers
+    nothing: Tensor = _refuse_ids_out_of_range(ids, num_classes)
+    return numbers + nothing
+
+
+@torch.library.custom_op("detpost::refuse_ids_out_of_range", mutates_args=())
+def _refuse_ids_out_of_range(ids: Tensor, num_classes: int) -> Tensor:
+    expected = f"target must hold class ids in [0, {num_classes})"
+    fix = "map ignored elements to a class, or give pred one channel per class"
+    lowest, highest = ids.amin(), ids.amax()
+    if ids.device.type == "cpu":
+        if int(lowest) < 0 or int(highest) >= num_classes:
+            raise ValueError(f"{expected}; got ids from {int(lowest)} to {int(highest)}: {fix}")
+    else:
+        torch._assert_async((lowest >= 0) & (highest < num_classes), f"{expected}; got an id outside it: {fix}")
+    return torch.zeros((), dtype=torch.int64, device=ids.device)
+
+
+@_refuse_ids_out_of_range.register_fake
+def _(ids: Tensor, num_classes: int) -> Tensor:
+    return ids.new_zeros((), dtype=torch.int64)
+
+
+def spacing_per_axis(spacing: float | Sequence[float] | None, axes: int) -> tuple[float, ...]:
+    """Read ``spacing`` as one positive number per spatial axis."""
+    if spacing is None:
+        return (1.0,) * axes
+    steps = (float(spacing),) * axes if isinstance(spacing, int | float) else tuple(float(step) for step in spacing)
+    if len(steps) != axes:
+        raise ValueError(f"spacing must be one number or one per spatial axis ({axes}); got {len(steps)}: {steps}")
+    if not all(math.isfinite(step) and step > 0 for step in steps):
+        raise ValueError(f"spacing must be positive and finite; got {steps}: pass the voxel's side lengths")
+    return steps

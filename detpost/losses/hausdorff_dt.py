@@ -1,0 +1,315 @@
+"""Hausdorff losses by distance transform (Karimi and Salcudean 2019), 2-D and 3-D."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from detpost.losses._arguments import check_floating, check_reduction, class_numbers, spacing_per_axis
+from detpost.losses.distance_transform import squared_distance
+
+
+def hausdorff_dt_loss(
+    input: Tensor,
+    target: Tensor,
+    alpha: float = 2.0,
+    include_background: bool = False,
+    to_onehot_y: bool = False,
+    sigmoid: bool = False,
+    softmax: bool = False,
+    other_act: Callable[[Tensor], Tensor] | None = None,
+    reduction: str = "mean",
+    batch: bool = False,
+    spacing: float | Sequence[float] | None = None,
+) -> Tensor:
+    r"""Hausdorff loss that weighs the squared error with the distances to both boundaries.
+
+    Per image and class, the mean over elements of :math:`(p - t)^2 (d_p^\alpha + d_t^\alpha)`, where :math:`d_p` is the
+    distance of an element to the nearest one on the other side of the boundary of ``p > 0.5``, and :math:`d_t` the same
+    for the target (Karimi and Salcudean 2019, equation 8). A mask without a boundary, empty or full, has d = 0. The
+    distances carry no gradient. They are computed where the tensors are, exactly and in float32. Values are those of
+    ``monai.losses.HausdorffDTLoss``, except that an integer one-hot target gives the same as a floating one (MONAI
+    cuts its distances off to whole numbers).
+
+    Args:
+        input: (B, C, H, W) or (B, C, D, H, W), any floating dtype; half precision is computed in float32.
+            Probabilities, or logits together with one of the activations.
+        target: as ``input``, one-hot of any real dtype; or (B, 1, ...) class ids in [0, C) with ``to_onehot_y``.
+        alpha: exponent of the distances.
+        include_background: keep channel 0. A single channel is always kept.
+        to_onehot_y: turn class ids into one-hot. Ignored for a single channel.
+        sigmoid: apply a sigmoid to ``input``.
+        softmax: apply a softmax over channels to ``input``. Ignored for a single channel.
+        other_act: apply this to ``input``.
+        reduction: ``"mean"`` or ``"sum"`` over images and classes, or ``"none"``.
+        batch: take the mean over the batch together with the elements.
+        spacing: side lengths of an element, one number or one per spatial axis; ``None`` counts distances in elements.
+
+    Returns:
+        A scalar, or (B, C, 1, ...) for ``"none"``, (1, C, 1, ...) with ``batch``; float64 for float64, else float32.
+        Finite, with finite gradients, for every finite input: differences whose weighted squares would overflow are
+        clamped (beyond 1e11 or so in float32 at common sizes).
+
+    Raises:
+        TypeError: an argument is not a tensor, or ``other_act`` is not callable.
+        ValueError: rank, shape, a class id, or an argument is not as above. On an accelerator an id out of range is
+            an asynchronous device-side assertion instead; an exported graph does not look.
+
+    Example:
+        >>> target = torch.nn.functional.pad(torch.ones(1, 1, 4, 4), (1, 1, 1, 1))
+        >>> float(hausdorff_dt_loss(target, target, include_background=True))
+        0.0
+        >>> missed = torch.zeros_like(target)
+        >>> round(float(hausdorff_dt_loss(missed, target, include_background=True)), 4)
+        0.7778
+    """
+    _check_options(sigmoid, softmax, other_act, reduction)
+    _check_input(input)
+    steps = spacing_per_axis(spacing, input.dim() - 2)
+    values = _activate(input, sigmoid, softmax, other_act)
+    truth = _one_hot(target, values) if to_onehot_y else _as_real(target, values)
+    values, truth = _without_background(values, truth, include_background)
+    if truth.shape != values.shape:
+        fix = "pass class ids with to_onehot_y=True, or one channel per class"
+        raise ValueError(f"target must have input's shape {tuple(input.shape)}; got {tuple(target.shape)}: {fix}")
+    with torch.no_grad():
+        weight = _boundary_distance(values, steps, alpha) + _boundary_distance(truth, steps, alpha)
+        weight = weight.to(values.dtype)
+    limit = _largest_difference(values, steps, alpha)
+    over = tuple(range(2, values.dim()))
+    error = (values - truth).clamp(-limit, limit).square()
+    loss = (error * weight).mean((0, *over) if batch else over, keepdim=True)
+    return loss if reduction == "none" else loss.sum() if reduction == "sum" else loss.mean()
+
+
+def log_hausdorff_dt_loss(
+    input: Tensor,
+    target: Tensor,
+    alpha: float = 2.0,
+    include_background: bool = False,
+    to_onehot_y: bool = False,
+    sigmoid: bool = False,
+    softmax: bool = False,
+    other_act: Callable[[Tensor], Tensor] | None = None,
+    reduction: str = "mean",
+    batch: bool = False,
+    spacing: float | Sequence[float] | None = None,
+) -> Tensor:
+    """Logarithm of one plus :func:`hausdorff_dt_loss`, taken after the reduction, as ``monai.losses`` does.
+
+    Args:
+        input: (B, C, H, W) or (B, C, D, H, W), any floating dtype.
+        target: as ``input``, or (B, 1, ...) class ids with ``to_onehot_y``.
+        alpha: exponent of the distances.
+        include_background: keep channel 0.
+        to_onehot_y: turn class ids into one-hot.
+        sigmoid: apply a sigmoid to ``input``.
+        softmax: apply a softmax over channels to ``input``.
+        other_act: apply this to ``input``.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+        batch: take the mean over the batch together with the elements.
+        spacing: side lengths of an element, one number or one per spatial axis.
+
+    Returns:
+        As :func:`hausdorff_dt_loss`.
+
+    Raises:
+        TypeError: as :func:`hausdorff_dt_loss`.
+        ValueError: as :func:`hausdorff_dt_loss`.
+
+    Example:
+        >>> target = torch.nn.functional.pad(torch.ones(1, 1, 4, 4), (1, 1, 1, 1))
+        >>> round(float(log_hausdorff_dt_loss(torch.zeros_like(target), target, include_background=True)), 4)
+        0.5754
+    """
+    loss = hausdorff_dt_loss(
+        input,
+        target,
+        alpha,
+        include_background,
+        to_onehot_y,
+        sigmoid,
+        softmax,
+        other_act,
+        reduction,
+        batch,
+        spacing,
+    )
+    return torch.log(loss + 1)
+
+
+class HausdorffDTLoss(nn.Module):
+    """Hausdorff loss by distance transform; the module form of :func:`hausdorff_dt_loss`.
+
+    Args:
+        alpha: exponent of the distances.
+        include_background: keep channel 0.
+        to_onehot_y: turn class ids (B, 1, ...) into one-hot.
+        sigmoid: apply a sigmoid to the input.
+        softmax: apply a softmax over channels to the input.
+        other_act: apply this to the input.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+        batch: take the mean over the batch together with the elements.
+        spacing: side lengths of an element, one number or one per spatial axis.
+
+    Raises:
+        TypeError: ``other_act`` is not callable.
+        ValueError: more than one activation, or an unknown reduction.
+
+    Example:
+        >>> loss = HausdorffDTLoss(softmax=True, to_onehot_y=True)
+        >>> logits = torch.randn(2, 3, 16, 16, requires_grad=True)
+        >>> loss(logits, torch.randint(3, (2, 1, 16, 16))).backward()
+        >>> bool(logits.grad.isfinite().all())
+        True
+    """
+
+    def __init__(
+        self,
+        alpha: float = 2.0,
+        include_background: bool = False,
+        to_onehot_y: bool = False,
+        sigmoid: bool = False,
+        softmax: bool = False,
+        other_act: Callable[[Tensor], Tensor] | None = None,
+        reduction: str = "mean",
+        batch: bool = False,
+        spacing: float | Sequence[float] | None = None,
+    ) -> None:
+        super().__init__()
+        _check_options(sigmoid, softmax, other_act, reduction)
+        self.alpha = alpha
+        self.include_background = include_background
+        self.to_onehot_y = to_onehot_y
+        self.sigmoid = sigmoid
+        self.softmax = softmax
+        self.other_act = other_act
+        self.reduction = reduction
+        self.batch = batch
+        self.spacing = spacing
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        """Compare input (B, C, [D,] H, W) with target; see :func:`hausdorff_dt_loss`."""
+        return hausdorff_dt_loss(
+            input,
+            target,
+            self.alpha,
+            self.include_background,
+            self.to_onehot_y,
+            self.sigmoid,
+            self.softmax,
+            self.other_act,
+            self.reduction,
+            self.batch,
+            self.spacing,
+        )
+
+
+class LogHausdorffDTLoss(HausdorffDTLoss):
+    """Logarithm of one plus :class:`HausdorffDTLoss`, same arguments; the form of :func:`log_hausdorff_dt_loss`.
+
+    Example:
+        >>> loss = LogHausdorffDTLoss(sigmoid=True, include_background=True)
+        >>> loss(torch.randn(1, 2, 8, 8), torch.ones(1, 2, 8, 8)).shape
+        torch.Size([])
+    """
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        """Compare input (B, C, [D,] H, W) with target; see :func:`log_hausdorff_dt_loss`."""
+        return torch.log(super().forward(input, target) + 1)
+
+
+def _activate(input: Tensor, sigmoid: bool, softmax: bool, other_act: Callable[[Tensor], Tensor] | None) -> Tensor:
+    """Probabilities in float32 or float64."""
+    values = input if input.dtype in (torch.float32, torch.float64) else input.float()
+    if sigmoid:
+        return torch.sigmoid(values)
+    if softmax and values.shape[1] > 1:
+        return torch.softmax(values, 1)
+    if softmax:
+        _warn_single_channel("softmax=True")
+    return values if other_act is None else other_act(values)
+
+
+def _one_hot(target: Tensor, values: Tensor) -> Tensor:
+    """One channel per class from class ids (B, 1, ...)."""
+    _check_target(target)
+    classes = values.shape[1]
+    if classes == 1:
+        _warn_single_channel("to_onehot_y=True")
+        return _as_real(target, values)
+    expected = (values.shape[0], 1, *values.shape[2:])
+    if tuple(target.shape) != expected:
+        fix = "leave to_onehot_y out for a target that is one-hot already, or bring both to one size"
+        raise ValueError(f"target must be class ids of shape {expected}; got {tuple(target.shape)}: {fix}")
+    ids = target.long()
+    numbers = class_numbers(ids, classes).reshape(1, -1, *[1] * (values.dim() - 2))
+    return (ids == numbers).to(values.dtype)
+
+
+def _as_real(target: Tensor, values: Tensor) -> Tensor:
+    _check_target(target)
+    return target.to(values.dtype)
+
+
+def _without_background(values: Tensor, truth: Tensor, include_background: bool) -> tuple[Tensor, Tensor]:
+    if include_background:
+        return values, truth
+    if values.shape[1] == 1:
+        _warn_single_channel("include_background=False")
+        return values, truth
+    return values[:, 1:], truth[:, 1:]
+
+
+def _boundary_distance(field: Tensor, spacing: tuple[float, ...], alpha: float) -> Tensor:
+    """Distance to the other side of the boundary of ``field > 0.5``, to the power alpha; 0 where there is none."""
+    inside = field > 0.5
+    within, unit = squared_distance(inside, spacing)
+    beyond, _ = squared_distance(~inside, spacing)
+    # One of the two is 0 at each element, or infinite throughout when the mask is empty or full.
+    squared = torch.nan_to_num(within + beyond, posinf=0.0)
+    power: Tensor = squared if alpha == 2 else squared.pow(alpha / 2)
+    return power if unit == 1 else power * unit**alpha
+
+
+def _largest_difference(values: Tensor, spacing: tuple[float, ...], alpha: float) -> float:
+    """Largest difference whose weighted square, summed over every element, stays finite; never below 1000."""
+    diagonal = math.hypot(*(side * step for side, step in zip(values.shape[2:], spacing, strict=True)))
+    # 2**24 stands for images times classes: their real number would tie a compiled graph to one batch size.
+    elements = 8.0 * 2**24 * math.prod(values.shape[2:])
+    log_weight = max(0.0, alpha * math.log(max(diagonal, 1e-30))) + math.log(max(elements, 1.0))
+    log_limit = (math.log(torch.finfo(values.dtype).max) - log_weight) / 2
+    return math.exp(min(max(log_limit, math.log(1e3)), 300.0))
+
+
+def _warn_single_channel(option: str) -> None:
+    # Tracers cannot carry a warning, and the eager run before them has given it.
+    if not torch.compiler.is_compiling():
+        warnings.warn(f"input has a single channel: {option} is ignored", stacklevel=4)
+
+
+def _check_options(sigmoid: bool, softmax: bool, other_act: Callable[[Tensor], Tensor] | None, reduction: str) -> None:
+    check_reduction(reduction)
+    if other_act is not None and not callable(other_act):
+        raise TypeError(f"other_act must be callable or None; got {type(other_act).__name__}")
+    if sigmoid + softmax + (other_act is not None) > 1:
+        raise ValueError(
+            f"at most one of sigmoid, softmax, other_act may be given; got {sigmoid=}, {softmax=}, {other_act=}"
+        )
+
+
+def _check_input(input: Tensor) -> None:
+    if isinstance(input, Tensor) and input.dim() not in (4, 5):
+        raise ValueError(f"input must be (B, C, H, W) or (B, C, D, H, W); got shape {tuple(input.shape)}")
+    check_floating("input", input)
+
+
+def _check_target(target: Tensor) -> None:
+    if not isinstance(target, Tensor):
+        raise TypeError(f"target must be a torch.Tensor; got {type(target).__name__}: convert it with torch.as_tensor")
+    if target.is_complex():
+        raise ValueError(f"target must be real; got {target.dtype}")

@@ -1,0 +1,325 @@
+"""Hausdorff losses by morphological erosion (Karimi and Salcudean 2019), 2-D and 3-D."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from detpost.losses._arguments import check_floating, check_reduction, class_numbers, exporting
+
+# 1/5 and 1/7 rounded to float32, in every dtype: kornia builds its stencil in float32 and widens it, and float64 values
+# agree with it to 1e-10 only with the same rounding. Keyed by the number of spatial axes.
+_STENCIL_WEIGHT = {2: 13421773 / 2**26, 3: 9586981 / 2**26}
+# Differences of prediction and target are clamped here, so that their squares and the sums of these stay finite.
+_LARGEST_DIFFERENCE = 1e12
+
+
+def hausdorff_er_loss(pred: Tensor, target: Tensor, alpha: float = 2.0, k: int = 10, reduction: str = "mean") -> Tensor:
+    r"""Hausdorff loss of 2-D segmentations by repeated soft erosion of the squared error.
+
+    The error :math:`b_0 = (p - t)^2` of each image and class is eroded k times,
+    :math:`e_i = \max(s * b_{i-1} - 0.5, 0)` with s the mean over an element and its direct neighbours, each erosion is
+    stretched to [0, 1] as :math:`b_i`, and the loss sums :math:`i^\alpha b_i`: thick errors survive more erosions
+    and weigh more (Karimi and Salcudean, "Reducing the Hausdorff distance in medical image segmentation with
+    convolutional neural networks", 2019, equations 9 and 10). Values and gradients are those of
+    ``kornia.losses.HausdorffERLoss``.
+
+    Args:
+        pred: (B, C, H, W) probabilities of any floating dtype, after softmax. Half precision is computed in float32.
+        target: (B, 1, H, W) class ids in [0, C) of any integer dtype. Channel c is compared with ``target == c``.
+        alpha: exponent of the weight of an erosion.
+        k: number of erosions, at least 1.
+        reduction: ``"mean"`` over all elements, ``"sum"``, or ``"none"`` for the field itself.
+
+    Returns:
+        A scalar, or (C, B, 1, H, W) for ``"none"`` (classes first, as kornia has it); float64 for float64, else
+        float32. Finite, with finite gradients, for every finite ``pred``: differences beyond 1e12 count as 1e12.
+
+    Raises:
+        ValueError: rank, shape, dtype, an id out of range, or an argument is not as above. On an accelerator an id out
+            of range is an asynchronous device-side assertion instead, so that nothing waits for the device; an exported
+            graph does not look.
+
+    Example:
+        >>> target = F.pad(torch.ones(1, 1, 4, 4, dtype=torch.long), (2, 2, 2, 2))
+        >>> perfect = torch.cat([1 - target, target], 1).float()
+        >>> float(hausdorff_er_loss(perfect, target))
+        0.0
+        >>> missed = torch.cat([torch.ones_like(target), torch.zeros_like(target)], 1).float()
+        >>> round(float(hausdorff_er_loss(missed, target, k=2)), 4)
+        0.4
+    """
+    return _hausdorff_er(pred, target, alpha, k, reduction, axes=2)
+
+
+def hausdorff_er_loss_3d(
+    pred: Tensor, target: Tensor, alpha: float = 2.0, k: int = 10, reduction: str = "mean"
+) -> Tensor:
+    """Hausdorff loss of 3-D segmentations by erosion: :func:`hausdorff_er_loss` with one axis more.
+
+    The stencil is a voxel and its six face neighbours. Values and gradients are those of
+    ``kornia.losses.HausdorffERLoss3D``.
+
+    Args:
+        pred: (B, C, D, H, W) probabilities of any floating dtype.
+        target: (B, 1, D, H, W) class ids in [0, C) of any integer dtype.
+        alpha: exponent of the weight of an erosion.
+        k: number of erosions, at least 1.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+
+    Returns:
+        A scalar, or (C, B, 1, D, H, W) for ``"none"``.
+
+    Raises:
+        ValueError: as :func:`hausdorff_er_loss`.
+
+    Example:
+        >>> pred = torch.full((1, 2, 4, 4, 4), 0.5)
+        >>> target = torch.zeros(1, 1, 4, 4, 4, dtype=torch.long)
+        >>> hausdorff_er_loss_3d(pred, target, reduction="none").shape
+        torch.Size([2, 1, 1, 4, 4, 4])
+    """
+    return _hausdorff_er(pred, target, alpha, k, reduction, axes=3)
+
+
+class _HausdorffER(nn.Module):
+    """What the 2-D and the 3-D module share: the arguments."""
+
+    def __init__(self, alpha: float = 2.0, k: int = 10, reduction: str = "mean") -> None:
+        super().__init__()
+        _check_erosions(alpha, k)
+        check_reduction(reduction)
+        self.alpha = alpha
+        self.k = k
+        self.reduction = reduction
+
+    def extra_repr(self) -> str:
+        """Show the arguments in the module's repr."""
+        return f"alpha={self.alpha}, k={self.k}, reduction={self.reduction!r}"
+
+
+class HausdorffERLoss(_HausdorffER):
+    """Hausdorff loss of 2-D segmentations by erosion; the module form of :func:`hausdorff_er_loss`.
+
+    Args:
+        alpha: exponent of the weight of an erosion.
+        k: number of erosions, at least 1.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+
+    Example:
+        >>> loss = HausdorffERLoss(k=5)
+        >>> pred = torch.rand(2, 3, 16, 16, requires_grad=True)
+        >>> loss(pred.softmax(1), torch.randint(3, (2, 1, 16, 16))).backward()
+        >>> bool(pred.grad.isfinite().all())
+        True
+    """
+
+    def forward(self, pred: Tensor, target: Tensor) -> Tensor:
+        """Compare pred (B, C, H, W) with the class ids target (B, 1, H, W); see :func:`hausdorff_er_loss`."""
+        return hausdorff_er_loss(pred, target, self.alpha, self.k, self.reduction)
+
+
+class HausdorffERLoss3D(_HausdorffER):
+    """Hausdorff loss of 3-D segmentations by erosion; the module form of :func:`hausdorff_er_loss_3d`.
+
+    Args:
+        alpha: exponent of the weight of an erosion.
+        k: number of erosions, at least 1.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+
+    Example:
+        >>> loss = HausdorffERLoss3D(reduction="sum")
+        >>> float(loss(torch.zeros(1, 1, 5, 5, 5), torch.zeros(1, 1, 5, 5, 5, dtype=torch.long))) > 0
+        True
+    """
+
+    def forward(self, pred: Tensor, target: Tensor) -> Tensor:
+        """Compare pred (B, C, D, H, W) with the class ids target (B, 1, D, H, W); see :func:`hausdorff_er_loss_3d`."""
+        return hausdorff_er_loss_3d(pred, target, self.alpha, self.k, self.reduction)
+
+
+def _hausdorff_er(pred: Tensor, target: Tensor, alpha: float, k: int, reduction: str, axes: int) -> Tensor:
+    """Check the arguments, erode every image and class at once, reduce."""
+    _check_erosions(alpha, k)
+    check_reduction(reduction)
+    _check_pair(pred, target, axes)
+    values = pred if pred.dtype in (torch.float32, torch.float64) else pred.float()
+    weights = [float(i + 1) ** alpha for i in range(k)]
+    keep_field = reduction == "none"
+    # Exporters read plain operators and no autograd function; its forward is the same call.
+    erode = _erode if exporting() else _Erosion.apply
+    classes = class_numbers(target, pred.shape[1])
+    total = erode(values, target, classes, weights, axes, keep_field)[0]  # (B, C, *spatial) or (B, C, 1, ...)
+    if keep_field:
+        return total.transpose(0, 1).unsqueeze(2)
+    return total.sum() if reduction == "sum" else total.sum() / values.numel()
+
+
+def _erode(
+    pred: Tensor, target: Tensor, classes: Tensor, weights: Sequence[float], axes: int, keep_field: bool
+) -> tuple[Tensor, ...]:
+    """Weighted sum of the stretched erosions, then what the gradient needs: every dilation, lower bound and range.
+
+    The sum runs over each field's elements as well unless ``keep_field``.
+    """
+    spatial = tuple(range(-axes, 0))
+    bound = _difference(pred, target, classes).square()
+    total = torch.zeros((), dtype=pred.dtype, device=pred.device)
+    dilations, lowers, ranges = [], [], []
+    for weight in weights:
+        dilation = _stencil(bound, axes)
+        lower, extent = _stretch_limits(dilation, spatial)
+        bound = _stretch(dilation, lower, extent)
+        total = torch.add(total, bound if keep_field else bound.sum(spatial, keepdim=True), alpha=weight)
+        dilations.append(dilation)
+        lowers.append(lower)
+        ranges.append(extent)
+    return total, *dilations, *lowers, *ranges
+
+
+def _difference(pred: Tensor, target: Tensor, classes: Tensor) -> Tensor:
+    """Prediction minus one-hot target, (B, C, *spatial), clamped to what can be squared and summed."""
+    one_hot = (target == classes.reshape(1, -1, *[1] * (pred.dim() - 2))).to(pred.dtype)
+    return (pred - one_hot).clamp(-_LARGEST_DIFFERENCE, _LARGEST_DIFFERENCE)
+
+
+def _stencil(field: Tensor, axes: int, start: Tensor | None = None) -> Tensor:
+    """Mean over an element and its direct neighbours, zeros beyond the border, added to ``start``.
+
+    The taps are added in memory order with one multiply-add each. That is how the convolution that kornia calls rounds;
+    elements that tie for the extreme of a field there tie here, and share its gradient alike.
+    """
+    weight = _STENCIL_WEIGHT[axes]
+    padded = F.pad(field, (1, 1) * axes)
+    axis_order = range(-axes, 0)
+    before = [_shifted(padded, axis, 0) for axis in axis_order]
+    after = [_shifted(padded, axis, 2) for axis in reversed(axis_order)]
+    taps = [*before, field, *after]
+    result = taps[0] * weight if start is None else torch.add(start, taps[0], alpha=weight)
+    for tap in taps[1:]:
+        result = torch.add(result, tap, alpha=weight)
+    return result
+
+
+def _shifted(padded: Tensor, axis: int, start: int) -> Tensor:
+    """View of the unpadded size that starts at ``start`` along one axis and at 1 along the others."""
+    for other in range(2, padded.dim()):
+        shift = start if other == padded.dim() + axis else 1
+        padded = padded.narrow(other, shift, padded.shape[other] - 2)
+    return padded
+
+
+def _stretch_limits(dilation: Tensor, spatial: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Lower bound and range that take max(dilation - 0.5, 0) to [0, 1] per field; 0.5 and 0 for a flat field."""
+    lowest = dilation.amin(spatial, keepdim=True).clamp(min=0.5)
+    extent = dilation.amax(spatial, keepdim=True).clamp(min=0.5) - lowest
+    return torch.where(extent == 0, 0.5, lowest), extent
+
+
+def _stretch(dilation: Tensor, lower: Tensor, extent: Tensor) -> Tensor:
+    """Threshold at the lower bound and divide by the range; a flat field (range 0) is not divided."""
+    return (torch.maximum(dilation, lower) - lower) / torch.where(extent == 0, 1.0, extent)
+
+
+class _Erosion(torch.autograd.Function):
+    """:func:`_erode` with its gradient written out: one saved field per erosion, where autograd would keep eight.
+
+    The sum over erosions is the first output; the other outputs are the saved tensors, which a function that separates
+    its context from its forward has to return.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        pred: Tensor, target: Tensor, classes: Tensor, weights: Sequence[float], axes: int, keep_field: bool
+    ) -> tuple[Tensor, ...]:
+        return _erode(pred, target, classes, weights, axes, keep_field)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pred, target, classes, ctx.weights, ctx.axes, _ = inputs
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(pred, target, classes, *output[1:])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None, None, None, None]:
+        if grads[0] is None:
+            return None, None, None, None, None, None
+        pred, target, classes, *saved = ctx.saved_tensors
+        gradient = _erosion_gradient(grads[0], ctx.weights, saved, ctx.axes)
+        gradient = gradient * (_difference(pred, target, classes) * 2)
+        # Where ranges of one rounding step follow each other the slopes can leave float32: finite all the same. But a
+        # gradient or a prediction that came in as NaN or inf (a scaled loss that overflowed) must be seen going out.
+        poison = (grads[0].sum() + saved[0].sum()) * 0
+        return torch.nan_to_num(gradient) + poison, None, None, None, None, None
+
+
+def _erosion_gradient(grad: Tensor, weights: Sequence[float], saved: Sequence[Tensor], axes: int) -> Tensor:
+    """Gradient with respect to the squared difference, from the last erosion back to the first."""
+    k = len(weights)
+    gradient = (grad * weights[-1]).expand_as(saved[0])
+    for i in range(k - 1, -1, -1):
+        onto_dilation = _stretch_gradient(gradient, saved[i], saved[k + i], saved[2 * k + i], axes)
+        # The stencil is symmetric, so it is its own transpose.
+        start = None if i == 0 else (grad * weights[i - 1]).expand_as(onto_dilation)
+        gradient = _stencil(onto_dilation, axes, start)
+    return gradient
+
+
+def _stretch_gradient(grad: Tensor, dilation: Tensor, lower: Tensor, extent: Tensor, axes: int) -> Tensor:
+    """Gradient of :func:`_stretch` and of its limits; elements that share an extreme share its gradient equally.
+
+    Ties are read off the stretched field, exactly 1 at the maximum and exactly 0 at or below the minimum, with floor
+    and ceil: on a CPU these cost a tenth of comparing and selecting.
+    """
+    spatial = tuple(range(-axes, 0))
+    stretched = _stretch(dilation, lower, extent)
+    at_maximum, above_minimum = stretched.floor(), stretched.ceil()
+    onto_dilation = grad / torch.where(extent == 0, 1.0, extent)
+    moves = (extent != 0).to(grad.dtype)  # the limits of a flat field are constants
+    onto_range = -(onto_dilation * stretched).sum(spatial, keepdim=True) * moves
+    onto_minimum = -onto_dilation.sum(spatial, keepdim=True) * moves - onto_range
+    elements = math.prod(dilation.shape[-axes:])
+    per_maximum = onto_range / at_maximum.sum(spatial, keepdim=True).clamp(min=1)
+    per_minimum = onto_minimum / (elements - above_minimum.sum(spatial, keepdim=True)).clamp(min=1)
+    onto_dilation = onto_dilation + per_minimum
+    onto_dilation = torch.addcmul(onto_dilation, at_maximum, per_maximum)
+    onto_dilation = torch.addcmul(onto_dilation, above_minimum, per_minimum, value=-1)
+    # Nothing flows below the threshold, and all of it at the threshold itself, as in kornia.
+    below_half = 0.5 - torch.finfo(dilation.dtype).eps / 4
+    passed: Tensor = torch.ops.aten.threshold_backward(onto_dilation, dilation, below_half)
+    return passed
+
+
+def _check_erosions(alpha: float, k: int) -> None:
+    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+        raise ValueError(f"k must be an integer of at least 1, the number of erosions; got {k!r}")
+    if not math.isfinite(alpha):
+        raise ValueError(f"alpha must be finite; got {alpha!r}")
+
+
+def _check_pair(pred: Tensor, target: Tensor, axes: int) -> None:
+    """Refuse predictions and targets that do not belong together."""
+    wanted = "(B, C, H, W)" if axes == 2 else "(B, C, D, H, W)"
+    if isinstance(pred, Tensor) and pred.dim() != axes + 2:
+        other = "HausdorffERLoss3D" if axes == 2 else "HausdorffERLoss"
+        raise ValueError(f"pred must be {wanted}; got shape {tuple(pred.shape)}: add the axes, or use {other}")
+    if not isinstance(target, Tensor):
+        raise TypeError(f"target must be a torch.Tensor; got {type(target).__name__}: convert it with torch.as_tensor")
+    expected = (pred.shape[0], 1, *pred.shape[2:])
+    if tuple(target.shape) != expected:
+        one_hot = target.dim() == pred.dim() and target.shape[1] > 1
+        fix = "it looks one-hot, pass target.argmax(1, keepdim=True)" if one_hot else "bring both to one size"
+        raise ValueError(f"target must be class ids of shape {expected}; got {tuple(target.shape)}: {fix}")
+    if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
+        raise ValueError(f"target must hold integer class ids; got {target.dtype}: pass target.long()")
+    check_floating("pred", pred)
+    if pred.device != target.device:
+        raise ValueError(f"pred and target must share a device; got {pred.device} and {target.device}: move one")

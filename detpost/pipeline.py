@@ -1,0 +1,295 @@
+"""Images in, detections out, whatever the backend."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from detpost.detections import Detections
+from detpost.images import Preprocessing, read_image
+from detpost.postprocess import DetectionPostProcessor, DetectorModule
+
+__all__ = ["Detector"]
+
+BACKENDS = ("eager", "compile", "onnx", "openvino", "cudagraph")
+
+# images (B, 3, H, W), image sizes (B, 2), pixel mask (B, H, W) or None -> Detections
+Run = Callable[[Tensor, Tensor, "Tensor | None"], Detections]
+Prepare = Callable[[Sequence[Tensor]], tuple[Tensor, Tensor, "Tensor | None"]]
+
+
+class Detector:
+    """A detector that takes images as they come and gives one dict per image.
+
+    Make one with :meth:`load`.
+
+    Args:
+        run: the network and its post-processing.
+        prepare: uint8 images (3, H, W) to what ``run`` takes.
+        class_names: the name of each label.
+        device: where ``run`` wants its inputs.
+        threshold: detections with ``score > threshold`` are given.
+        batch: the batch size that ``run`` is fixed to; ``None`` where any will do.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        prepare: Prepare,
+        class_names: dict[int, str],
+        device: torch.device,
+        threshold: float = 0.5,
+        batch: int | None = None,
+    ) -> None:
+        self.run = run
+        self.prepare = prepare
+        self.class_names = class_names
+        self.device = device
+        self.threshold = threshold
+        self.batch = batch
+
+    @classmethod
+    def load(
+        cls,
+        source: str | Path,
+        backend: str = "eager",
+        device: str | torch.device | None = None,
+        threshold: float = 0.5,
+    ) -> Detector:
+        """Load a detector.
+
+        Args:
+            source: ``"tiny"`` (the digit detector that ships with detpost); a transformers directory or hub id; or an
+                ``.onnx``, ``.xml`` (OpenVINO) or ``.pt2`` file that detpost wrote. Load only ``.pt2`` files that you
+                trust: they hold machine code.
+            backend: what runs a transformers detector: ``"eager"``; ``"compile"`` (``torch.compile``); ``"cudagraph"``;
+                ``"onnx"`` and ``"openvino"``, which export it to a temporary file and run that on the CPU, with one
+                fixed input size. A file's format decides for itself.
+            device: where to run; ``None`` takes CUDA where there is one, else the CPU; for a ``.pt2`` file, the device
+                that it was made for.
+            threshold: detections with ``score > threshold`` are given, within [0, 1].
+
+        Returns:
+            The detector.
+
+        Raises:
+            ImportError: a package that the source needs is missing; the message names the extra.
+            OSError: nothing at that place.
+            ValueError: an unknown backend or one that the device does not have, a threshold out of range, or a file
+                that is not a whole detector written by detpost.
+        """
+        if backend not in BACKENDS:
+            raise ValueError(f"unknown backend {backend!r}: take one of {', '.join(BACKENDS)}")
+        if not 0 <= threshold <= 1:
+            raise ValueError(f"threshold must lie within [0, 1]; got {threshold}")
+        if Path(source).suffix in _FILES:
+            return _FILES[Path(source).suffix](Path(source), device, threshold)
+        if backend in ("onnx", "openvino"):
+            return _through_file(source, backend, threshold)
+        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if backend == "cudagraph" and place.type != "cuda":
+            raise ValueError(f"backend 'cudagraph' needs a CUDA device; got {place}: take 'compile' there")
+        from detpost.integrations.transformers import load_detector
+
+        loaded = load_detector(source)
+        module = DetectorModule(loaded.model, DetectionPostProcessor(loaded.spec)).eval().to(place)
+        return cls(
+            _in_backend(module, backend, loaded.preprocessing is None),
+            loaded.prepare,
+            loaded.class_names,
+            place,
+            threshold,
+        )
+
+    def predict(self, images: Any, batch_size: int = 8) -> list[dict[str, Any]]:
+        """Detect in images of mixed sizes.
+
+        Args:
+            images: paths, PIL images, uint8 arrays (H, W, 3) in RGB order or tensors (3, H, W) that are uint8 or
+                floating within [0, 1], mixed as you like; one alone is a list of one.
+            batch_size: most images that go through the network at once.
+
+        Returns:
+            For each image ``scores`` (D,) float32, ``labels`` (D,) int64, ``label_names`` (a list of D) and ``boxes``
+            (D, 4) float32, xyxy in pixels of the original image, best first, on the CPU.
+
+        Raises:
+            OSError: a file that is missing or cannot be read as an image.
+            TypeError: an object that is not an image.
+            ValueError: an array of another shape.
+
+        Example:
+            >>> from detpost.zoo import sample_images
+            >>> found = Detector.load("tiny").predict(sample_images()[0])
+            >>> sorted(found[0])
+            ['boxes', 'label_names', 'labels', 'scores']
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1; got {batch_size}")
+        sources = list(images) if _is_collection(images) else [images]
+        size = self.batch or batch_size
+        return [
+            row
+            for start in range(0, len(sources), size)
+            for row in self._predict_batch([read_image(source) for source in sources[start : start + size]])
+        ]
+
+    def _predict_batch(self, images: Sequence[Tensor]) -> list[dict[str, Any]]:
+        # A run that is fixed to a batch size gets the last image again where images run out.
+        filled = [*images, *[images[-1]] * ((self.batch or len(images)) - len(images))]
+        batch, sizes, mask = self.prepare(filled)
+        with torch.no_grad():
+            placed_mask = None if mask is None else mask.to(self.device)
+            found = self.run(batch.to(self.device), sizes.to(self.device), placed_mask)
+        kept = Detections(*(values[: len(images)].cpu() for values in found))
+        above = kept._replace(valid=kept.valid & (kept.scores > self.threshold))
+        return [
+            {
+                "scores": image["scores"],
+                "labels": image["labels"],
+                "label_names": [self.class_names.get(label, str(label)) for label in image["labels"].tolist()],
+                "boxes": image["boxes"],
+            }
+            for image in above.to_list()
+        ]
+
+
+def _is_collection(images: Any) -> bool:
+    """Tell many images from one: an array or tensor is one image unless it has a batch dimension."""
+    if isinstance(images, (str, Path)):
+        return False
+    if hasattr(images, "ndim"):
+        return bool(images.ndim == 4)
+    return isinstance(images, Iterable)
+
+
+def _in_backend(module: DetectorModule, backend: str, dynamic_size: bool) -> Run:
+    if backend == "compile":
+        from detpost.export.compiled import compile
+
+        return compile(module, dynamic_size=dynamic_size)
+    if backend == "cudagraph":
+        from detpost.export.cuda_graph import CudaGraph
+
+        return CudaGraph(module)
+    return module
+
+
+def _through_file(source: str | Path, backend: str, threshold: float) -> Detector:
+    """Export to a temporary file and open that; both runtimes hold all of it in memory then."""
+    with tempfile.TemporaryDirectory(prefix="detpost-") as folder:
+        if backend == "onnx":
+            from detpost.export.onnx import to_onnx
+
+            return _load_onnx(to_onnx(source, Path(folder) / "model.onnx").path, None, threshold)
+        from detpost.export.openvino import to_openvino
+
+        return _load_openvino(to_openvino(source, Path(folder) / "model.xml").path, None, threshold)
+
+
+def _load_onnx(path: Path, device: Any, threshold: float) -> Detector:
+    """Open a file of :func:`detpost.export.to_onnx`: its own metadata says the rest."""
+    from detpost.export.artifact import read_metadata
+    from detpost.export.runtime import onnx_session
+
+    session = onnx_session(path)
+    metadata = read_metadata(session.get_modelmeta().custom_metadata_map, path)
+    names = ["scores", "labels", "boxes", "valid"]
+    inputs = {value.name: value.shape for value in session.get_inputs()}
+
+    def run(feed: dict[str, Any]) -> dict[str, Any]:
+        return dict(zip(names, session.run(names, feed), strict=True))
+
+    return _of_arrays(path, run, inputs, metadata, threshold)
+
+
+def _load_openvino(path: Path, device: Any, threshold: float) -> Detector:
+    """Open a file of :func:`detpost.export.to_openvino`."""
+    from detpost.export.openvino import open_openvino
+
+    model = open_openvino(path)
+    return _of_arrays(path, model.run, model.inputs, model.metadata, threshold)
+
+
+def _load_package(path: Path, device: Any, threshold: float) -> Detector:
+    """Open a file of :func:`detpost.export.package`."""
+    from detpost.export.package import open_package, read_package_metadata
+
+    metadata = read_package_metadata(path)
+    _check_whole(path, metadata, metadata["inputs"])
+    opened = open_package(path, device)
+
+    def run(images: Tensor, image_sizes: Tensor, pixel_mask: Tensor | None) -> Detections:
+        return Detections(**opened.run(images, image_sizes))
+
+    return Detector(run, _fixed_prepare(metadata, path), _names_of(metadata), opened.device, threshold)
+
+
+_FILES: dict[str, Callable[[Path, Any, float], Detector]] = {
+    ".onnx": _load_onnx,
+    ".xml": _load_openvino,
+    ".pt2": _load_package,
+}
+
+
+def _of_arrays(
+    path: Path,
+    run_feed: Callable[[dict[str, Any]], dict[str, Any]],
+    inputs: dict[str, Any],
+    metadata: dict[str, Any],
+    threshold: float,
+) -> Detector:
+    """Make a detector of a runtime that takes and gives NumPy arrays by name, on the CPU."""
+    _check_whole(path, metadata, inputs)
+    dtype = torch.uint8 if metadata["preprocess_inside"] else torch.float32
+
+    def run(images: Tensor, image_sizes: Tensor, pixel_mask: Tensor | None) -> Detections:
+        found = run_feed({"images": images.to(dtype).numpy(), "image_sizes": image_sizes.numpy()})
+        scores, labels, boxes, valid = (
+            torch.from_numpy(found[name]) for name in ("scores", "labels", "boxes", "valid")
+        )
+        # The query of a detection is no output of every file; predict does not give it.
+        return Detections(scores, labels, boxes, torch.full_like(labels, -1), valid)
+
+    batch = inputs["images"][0]
+    return Detector(
+        run,
+        _fixed_prepare(metadata, path),
+        _names_of(metadata),
+        torch.device("cpu"),
+        threshold,
+        batch if isinstance(batch, int) else None,
+    )
+
+
+def _check_whole(path: Path, metadata: dict[str, Any], inputs: Iterable[str]) -> None:
+    if metadata["io"] != "detpost" or "images" not in inputs:
+        raise ValueError(f"{path} is not a whole detector with detpost's own names: its inputs are {', '.join(inputs)}")
+
+
+def _names_of(metadata: dict[str, Any]) -> dict[int, str]:
+    return {int(label): name for label, name in metadata["class_names"].items()}
+
+
+def _fixed_prepare(metadata: dict[str, Any], path: Path) -> Prepare:
+    preprocessing = _preprocessing_of(metadata, path)
+
+    def prepare(images: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
+        return *preprocessing(images), None
+
+    return prepare
+
+
+def _preprocessing_of(metadata: dict[str, Any], path: Path) -> Preprocessing:
+    if "preprocessing" not in metadata:
+        raise ValueError(f"{path} does not say how images become its input: export it with detpost.export.to_onnx")
+    recorded = metadata["preprocessing"]
+    height, width = recorded["height"], recorded["width"]
+    if metadata["preprocess_inside"]:  # the graph scales and normalises; what is left to do here is the resize
+        return Preprocessing(height, width, scale=1.0)
+    return Preprocessing(height, width, recorded["scale"], tuple(recorded["mean"]), tuple(recorded["std"]))

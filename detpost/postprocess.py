@@ -1,0 +1,286 @@
+"""From raw logits and boxes to detections."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from detpost import boxes as box_ops
+from detpost.detections import Detections
+from detpost.selection import best_class, greatest, select_top_k
+from detpost.spec import DecodeSpec
+
+__all__ = ["DetectionPostProcessor", "DetectorModule", "raw_outputs"]
+
+
+class DetectionPostProcessor(nn.Module):
+    """Turn the raw outputs of a DETR-family detector into detections.
+
+    No in-place writes, no graph breaks, no data-dependent shapes and no host synchronisation: the same module runs in
+    eager PyTorch, ``torch.compile``, ``torch.export``, ONNX and a CUDA graph, and chooses the same detections in each.
+
+    Args:
+        spec: what the decode does.
+
+    Example:
+        >>> post = DetectionPostProcessor(DecodeSpec(top_k=1))
+        >>> logits = torch.tensor([[[0.0, 4.0], [1.0, 2.0]]])  # (B=1, Q=2, C=2)
+        >>> boxes = torch.tensor([[[0.5, 0.5, 0.5, 0.5], [0.1, 0.1, 0.2, 0.2]]])  # (B, Q, 4), cxcywh
+        >>> detections = post(logits, boxes, torch.tensor([[100, 200]]))  # (height, width)
+        >>> detections.labels, detections.boxes
+        (tensor([[1]]), tensor([[[ 50.,  25., 150.,  75.]]]))
+    """
+
+    select_top_k = staticmethod(select_top_k)
+
+    def __init__(self, spec: DecodeSpec) -> None:
+        super().__init__()
+        if not isinstance(spec, DecodeSpec):
+            raise TypeError(f"spec must be a DecodeSpec; got {type(spec).__name__}: DecodeSpec.preset('rtdetr') is one")
+        self.spec = spec
+
+    @classmethod
+    def from_preset(cls, name: str, **overrides: Any) -> DetectionPostProcessor:
+        """Make the post-processor of a detector family.
+
+        Args:
+            name: one of :func:`detpost.presets`.
+            overrides: fields of :class:`DecodeSpec` to change.
+
+        Returns:
+            The module.
+
+        Raises:
+            ValueError: an unknown preset, or a value out of range.
+            TypeError: an unknown field.
+        """
+        return cls(DecodeSpec.preset(name, **overrides))
+
+    def forward(self, logits: Tensor, boxes: Tensor, image_sizes: Tensor | None = None) -> Detections:
+        """Decode a batch.
+
+        Args:
+            logits: (B, Q, C), floating, C at least 1, class logits before any activation.
+            boxes: (B, Q, 4), floating, in units of the image, in ``spec.box_format``.
+            image_sizes: (B, 2), integer or floating, (height, width) in pixels of each original image; ``None`` leaves
+                the boxes normalised.
+
+        Returns:
+            Detections with K = min(top_k, Q * C) slots (``per_query``: min(top_k, Q)), ordered by score descending,
+            then by query and class ascending. Differentiable in logits and boxes.
+
+        Raises:
+            ValueError: shapes that do not fit, or tensors on different devices.
+            TypeError: tensors of a wrong dtype.
+        """
+        _check(logits, boxes, image_sizes)
+        spec = self.spec
+        queries, labels = _select(logits, spec, self.select_top_k)  # (B, K) each
+        scores, is_number = _scores(logits, queries, labels, spec)
+
+        corners = box_ops.convert(_take(boxes, queries).to(_at_least_float32(boxes)), spec.box_format, "xyxy")
+        if image_sizes is not None:
+            corners = box_ops.scale(corners, image_sizes)
+        if spec.clip:
+            corners = corners.clamp(0, 1) if image_sizes is None else box_ops.clip(corners, image_sizes)
+
+        valid = is_number if spec.score_threshold is None else is_number & (scores > spec.score_threshold)
+        return Detections(
+            scores=torch.where(valid, scores, 0.0),
+            labels=torch.where(valid, labels, -1),
+            boxes=torch.where(valid.unsqueeze(-1), corners, 0.0),
+            queries=torch.where(valid, queries, -1),
+            valid=valid,
+        )
+
+    def extra_repr(self) -> str:
+        """Show the spec in ``repr``."""
+        return repr(self.spec)
+
+
+class DetectorModule(nn.Module):
+    """A detector with its post-processor behind it: images in, detections out.
+
+    Args:
+        model: images (B, 3, H, W) to what :func:`raw_outputs` reads.
+        post: the post-processor.
+    """
+
+    def __init__(self, model: nn.Module, post: DetectionPostProcessor) -> None:
+        super().__init__()
+        self.model: nn.Module = model
+        self.post: DetectionPostProcessor = post
+
+    def forward(
+        self, images: Tensor, image_sizes: Tensor | None = None, pixel_mask: Tensor | None = None
+    ) -> Detections:
+        """Detect.
+
+        Args:
+            images: (B, 3, H, W), floating, as the model takes them.
+            image_sizes: (B, 2), (height, width) of each original image in pixels; ``None`` leaves boxes normalised.
+            pixel_mask: (B, H, W), 1 where a padded batch holds image; only for models that take one.
+
+        Returns:
+            Detections of the batch.
+        """
+        outputs = self.model(images) if pixel_mask is None else self.model(images, pixel_mask=pixel_mask)
+        return cast(Detections, self.post(*raw_outputs(outputs), image_sizes))
+
+
+def raw_outputs(outputs: Any) -> tuple[Tensor, Tensor]:
+    """Read the logits (B, Q, C) and the boxes (B, Q, 4) out of whatever a detector returns.
+
+    Args:
+        outputs: a mapping or ModelOutput with ``logits`` or ``pred_logits`` and ``pred_boxes`` or ``boxes``, or a tuple
+            (logits, boxes, ...).
+
+    Returns:
+        Logits and boxes.
+
+    Raises:
+        TypeError: anything else; the message names what came.
+    """
+    if isinstance(outputs, Mapping):
+        logits = next((outputs[name] for name in ("logits", "pred_logits") if name in outputs), None)
+        boxes = next((outputs[name] for name in ("pred_boxes", "boxes") if name in outputs), None)
+        came = f"a mapping with {', '.join(map(str, outputs))}"
+    elif isinstance(outputs, (tuple, list)):
+        logits, boxes = (*outputs, None, None)[:2]
+        came = f"a {type(outputs).__name__} of {len(outputs)}"
+    else:
+        logits, boxes, came = None, None, type(outputs).__name__
+    if not isinstance(logits, Tensor) or not isinstance(boxes, Tensor):
+        raise TypeError(
+            f"a detector must return (logits, boxes) or a mapping with logits/pred_logits and pred_boxes; got {came}"
+        )
+    return logits, boxes
+
+
+def _select(logits: Tensor, spec: DecodeSpec, top_k: Callable[[Tensor, int], Tensor]) -> tuple[Tensor, Tensor]:
+    """Choose the kept (query, class) pairs: two tensors (B, K), int64."""
+    batch, queries, classes = logits.shape
+    rows = logits.detach()
+    keys = rows if spec.activation == "sigmoid" else _log_softmax(rows.to(torch.float64)).to(_at_least_float32(rows))
+    if spec.background != "none":
+        # NaN is never ahead of a number and never valid: just what the channel that means "no object" should be.
+        channel = torch.arange(classes, device=logits.device)
+        is_background = channel == _background_channel(spec, classes)
+        rows, keys = torch.where(is_background, math.nan, rows), torch.where(is_background, math.nan, keys)
+    if spec.selection == "flat":
+        flat = top_k(keys.reshape(batch, queries * classes), spec.top_k)
+        return flat // classes, flat % classes
+    # By the logits and not the keys: far below the background, log-probabilities round two classes to one number.
+    best = best_class(rows)  # (B, Q)
+    order = top_k(keys.gather(2, best.unsqueeze(-1)).squeeze(-1), spec.top_k)
+    return order, best.gather(1, order)
+
+
+def _background_channel(spec: DecodeSpec, classes: int) -> int:
+    return {"none": -1, "first": 0, "last": classes - 1}[spec.background]
+
+
+def _scores(logits: Tensor, queries: Tensor, labels: Tensor, spec: DecodeSpec) -> tuple[Tensor, Tensor]:
+    """Score the kept pairs: scores (B, K), and whether each is a number (B, K)."""
+    batch, query_count, classes = logits.shape
+    is_object = labels != _background_channel(spec, classes)
+    # NaN is replaced before the activation, not after: a gradient through the unused side of a where is still 0 * NaN.
+    if spec.activation == "sigmoid":
+        flat = logits.reshape(batch, query_count * classes).gather(1, queries * classes + labels)
+        is_number = is_object & ~flat.isnan()
+        safe = torch.where(is_number, flat, 0.0).to(_scoring_dtype(logits))
+        return safe.sigmoid().to(_at_least_float32(logits)), is_number
+    rows = _take(logits, queries)  # (B, K, C)
+    is_nan = rows.isnan().any(dim=-1, keepdim=True)  # one NaN leaves no class of its query with a probability
+    # The same sums in the same precision as the keys that the order came from, so scores never rise down the list.
+    values = _log_softmax(torch.where(is_nan, 0.0, rows).to(torch.float64)).gather(2, labels.unsqueeze(-1)).squeeze(-1)
+    keys = values.to(_at_least_float32(logits))
+    return keys.to(torch.float64).exp().to(keys.dtype), is_object & ~is_nan.squeeze(-1)
+
+
+def _log_softmax(logits: Tensor) -> Tensor:
+    """Logarithm of the softmax over the last dimension, with limits where torch gives NaN.
+
+    In float64, so that runtimes whose ``exp`` differs in the last bit still give the same float32 number. A row's +inf
+    entries share all the probability, -inf entries have none, and a NaN makes the row NaN.
+    """
+    peak = greatest(logits.detach())
+    is_peak = logits == peak
+    # inf - inf would be NaN: where the peak is infinite, its own entries stand at 0 and the others at -inf.
+    shifted = torch.where(
+        peak.isinf(), torch.where(is_peak, 0.0, -math.inf), logits - torch.where(peak.isinf(), 0.0, peak)
+    )
+    # OpenVINO computes doubles as floats, where a sum depends on its order: sorted, rows that hold the same logits in
+    # another order still come out equal.
+    terms = shifted.topk(shifted.shape[-1], dim=-1).values if torch.onnx.is_in_onnx_export() else shifted
+    total = terms.exp().sum(dim=-1, keepdim=True)
+    is_lowest = logits.isinf() & (logits < 0)  # not `== -inf`: OpenVINO makes another number of a double's -inf
+    values = torch.where(is_lowest, -math.inf, shifted - total.log())
+    # Said outright: not every runtime's max hands a NaN on, and the -inf above would pass for a number.
+    return torch.where(logits.isnan().any(dim=-1, keepdim=True), math.nan, values)
+
+
+def _take(values: Tensor, queries: Tensor) -> Tensor:
+    """Gather rows: values (B, Q, n), queries (B, K) -> (B, K, n)."""
+    return values.gather(1, queries.unsqueeze(-1).expand(-1, -1, values.shape[2]))
+
+
+def _at_least_float32(values: Tensor) -> torch.dtype:
+    """float32 for float32 and narrower, float64 for float64 (so that gradcheck means something)."""
+    return torch.promote_types(values.dtype, torch.float32)
+
+
+def _scoring_dtype(logits: Tensor) -> torch.dtype:
+    """float64, so that equal logits score alike: float32 functions round the tail of a vector loop otherwise.
+
+    float32 where float64 is missing: on MPS, and on the accelerators that an ONNX graph may go to.
+    """
+    narrow = torch.onnx.is_in_onnx_export() or logits.device.type == "mps"
+    return _at_least_float32(logits) if narrow else torch.float64
+
+
+def _check(logits: Tensor, boxes: Tensor, image_sizes: Tensor | None) -> None:
+    """Look at shapes, dtypes and devices alone: reading a value would wait for the device."""
+    for name, value, last in (("logits", logits, "C"), ("boxes", boxes, "4")):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a floating tensor of shape (B, Q, {last}); got {type(value).__name__}")
+        if not value.is_floating_point():
+            raise TypeError(f"{name} must be floating; got {value.dtype}: convert with .float()")
+        if value.ndim != 3:
+            raise ValueError(f"{name} must have shape (B, Q, {last}); got {tuple(value.shape)}")
+    if logits.shape[2] == 0:
+        raise ValueError(f"logits must have at least one class; got shape {tuple(logits.shape)}")
+    if boxes.shape[2] != 4:
+        raise ValueError(f"boxes must have shape (B, Q, 4); got {tuple(boxes.shape)}")
+    if logits.shape[:2] != boxes.shape[:2]:
+        raise ValueError(
+            "logits and boxes must agree in images and queries; "
+            f"got (B, Q) = {tuple(logits.shape[:2])} and {tuple(boxes.shape[:2])}"
+        )
+    if boxes.device != logits.device:
+        raise ValueError(f"logits are on {logits.device} and boxes on {boxes.device}: move one with .to()")
+    if image_sizes is not None:
+        _check_image_sizes(logits, image_sizes)
+
+
+def _check_image_sizes(logits: Tensor, image_sizes: Tensor) -> None:
+    # The text is made where it is raised alone: writing a size out would tie torch.compile to this one batch size.
+    if not isinstance(image_sizes, Tensor):
+        raise TypeError(
+            f"image_sizes must be a tensor of shape {_sizes_expected(logits)}; got {type(image_sizes).__name__}: "
+            "use torch.tensor"
+        )
+    if image_sizes.dtype == torch.bool or image_sizes.is_complex():
+        raise TypeError(f"image_sizes must be integer or floating; got {image_sizes.dtype}")
+    if image_sizes.ndim != 2 or image_sizes.shape[1] != 2 or image_sizes.shape[0] != logits.shape[0]:
+        raise ValueError(f"image_sizes must have shape {_sizes_expected(logits)}; got {tuple(image_sizes.shape)}")
+    if image_sizes.device != logits.device:
+        raise ValueError(f"image_sizes are on {image_sizes.device} and logits on {logits.device}: move one with .to()")
+
+
+def _sizes_expected(logits: Tensor) -> str:
+    return f"(B, 2) = ({logits.shape[0]}, 2), one (height, width) per image"

@@ -1,0 +1,124 @@
+"""Does every runtime choose the same detections? The decode of detpost, and a plain ``torch.topk`` decode beside it.
+
+Runs the raw outputs that provoke every disagreement known through each runtime and counts the slots (label, query,
+validity) that differ from eager PyTorch on the CPU.
+
+    python scripts/same_answer.py              # the table of the README
+    python scripts/same_answer.py --json FILE
+"""
+
+import argparse
+import json
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from detpost import DetectionPostProcessor, Detections
+from detpost.export import CudaGraph, compile, open_openvino, open_package, package, to_onnx, to_openvino
+from detpost.export.decode_graph import RuntimeTies
+from detpost.export.runtime import onnx_session
+from detpost.export.verify import raw_cases
+
+Run = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Detections]
+
+# More than eight scores per kept one, so that the group prefilters take part.
+QUERIES, CLASSES = 300, 20
+
+
+def runtimes(post: DetectionPostProcessor, folder: Path, ties: str, cuda: bool) -> Iterator[tuple[str, Run]]:
+    """Give each runtime that this machine has: a name, and raw outputs to detections on the CPU."""
+    example = (torch.zeros(2, QUERIES, CLASSES), torch.zeros(2, QUERIES, 4), torch.ones(2, 2, dtype=torch.int64))
+    yield "eager CPU", post
+    yield "torch.compile (Inductor)", compile(post)
+    yield "torch.export", torch.export.export(post, example, dynamic_shapes=_free_batch()).module()
+    package(post, example, folder / "post.pt2")
+    opened = open_package(folder / "post.pt2")
+    yield "AOTInductor", lambda *raw: _detections(opened.run(*raw))
+    made = to_onnx(
+        DetectionPostProcessor(post.spec),
+        folder / "post.onnx",
+        num_queries=QUERIES,
+        num_classes=CLASSES,
+        queries=True,
+        ties=ties,
+    )
+    session = onnx_session(made.path)
+    yield "ONNX Runtime", lambda *raw: _detections(_tensors(session, raw))
+    to_openvino(made.path, folder / "post.xml")
+    model = open_openvino(folder / "post.xml")
+    yield "OpenVINO", lambda *raw: _detections({k: torch.from_numpy(v) for k, v in model.run(_feed(raw)).items()})
+    if cuda:
+        on_gpu = _on_cuda(post)
+        yield "eager CUDA", on_gpu
+        yield "torch.compile CUDA", _on_cuda(compile(post))
+        yield "CudaGraph", _on_cuda(CudaGraph(post, tuple(value.cuda() for value in example)))
+
+
+def differing(run: Run, reference: DetectionPostProcessor, leave_out: tuple[str, ...] = ()) -> tuple[int, int]:
+    """Count the slots in which ``run`` chooses otherwise than ``reference``, of how many."""
+    wrong = total = 0
+    for name, (logits, boxes, sizes) in raw_cases(QUERIES, CLASSES):
+        if name in leave_out:
+            continue
+        expected, found = reference(logits, boxes, sizes), run(logits, boxes, sizes)
+        same = torch.stack([getattr(found, part) == getattr(expected, part) for part in ("labels", "queries", "valid")])
+        wrong, total = wrong + int((~same.all(dim=0)).sum()), total + same[0].numel()
+    return wrong, total
+
+
+def measure(preset: str) -> dict[str, dict[str, float]]:
+    """Give, for each runtime, the share of slots that agree with eager CPU: detpost's decode, and with plain top-k."""
+    rows: dict[str, dict[str, float]] = {}
+    for ties, kind in (("exact", DetectionPostProcessor), ("runtime", RuntimeTies)):
+        exact = DetectionPostProcessor.from_preset(preset)
+        with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+            for name, run in runtimes(kind(exact.spec), Path(folder), ties, torch.cuda.is_available()):
+                wrong, total = differing(run, exact)
+                rows.setdefault(name, {})[ties] = 1 - wrong / total
+    return rows
+
+
+def _free_batch() -> tuple[dict[int, object], ...]:
+    batch = torch.export.Dim("batch", min=1, max=64)
+    return ({0: batch}, {0: batch}, {0: batch})
+
+
+def _feed(raw: tuple[torch.Tensor, ...]) -> dict[str, object]:
+    return {name: value.numpy() for name, value in zip(("pred_logits", "pred_boxes", "image_sizes"), raw, strict=True)}
+
+
+def _tensors(session: object, raw: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:
+    names = [output.name for output in session.get_outputs()]
+    return dict(zip(names, map(torch.from_numpy, session.run(names, _feed(raw))), strict=True))
+
+
+def _detections(values: dict[str, torch.Tensor]) -> Detections:
+    return Detections(*(values[name] for name in Detections._fields))
+
+
+def _on_cuda(run: Callable[..., Detections]) -> Run:
+    return lambda *raw: Detections(*(value.cpu() for value in run(*(value.cuda() for value in raw))))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="rtdetr")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore")
+    rows = measure(arguments.preset)
+    table = Table("runtime", "detpost", "plain torch.topk", title="slots that agree with eager CPU")
+    for name, shares in rows.items():
+        table.add_row(name, f"{shares['exact']:.2%}", f"{shares['runtime']:.2%}")
+    Console().print(table)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
