@@ -69,7 +69,7 @@ def adversarial_rows(draw):
     return rows, draw(st.one_of(st.integers(1, 4), st.integers(1, 100)))
 
 
-@settings(max_examples=1200, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=1200, deadline=None, suppress_health_check=list(HealthCheck))
 @given(adversarial_rows())
 def test_every_path_gives_the_one_order_on_adversarial_rows(case):
     rows, k = case
@@ -79,7 +79,7 @@ def test_every_path_gives_the_one_order_on_adversarial_rows(case):
         assert torch.equal(select_top_k(rows, k), stable)
 
 
-@settings(max_examples=300, derandomize=True, database=None, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(st.lists(st.floats(width=32), min_size=1, max_size=64), st.integers(1, 70))
 def test_any_floats_are_ordered_as_the_reference_orders_them(values, k):
     rows = torch.tensor([values], dtype=torch.float32)
