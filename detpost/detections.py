@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -87,23 +88,30 @@ class Detections(NamedTuple):
 
         Args:
             index: which image.
-            class_names: the name of each label; where given, they stand in ``data["class_name"]``.
+            class_names: the name of each label; ``None`` takes the label itself as its name.
 
         Returns:
-            ``supervision.Detections`` with ``xyxy``, ``confidence``, ``class_id`` and ``data["query"]``.
+            ``supervision.Detections`` with ``xyxy``, ``confidence``, ``class_id``, ``data["class_name"]``, which
+            supervision's annotators write, and ``data["query"]``.
 
         Raises:
             ImportError: supervision is not installed.
             ValueError: a label without a name.
-        """
-        supervision = _supervision()
-        image = {name: value.detach().cpu().numpy() for name, value in self.to_list()[index].items()}
-        data: dict[str, Any] = {"query": image["queries"]}
-        if class_names is not None:
-            import numpy as np
 
-            names = [_of_label(class_names, label, "class_names") for label in image["labels"].tolist()]
-            data = {**data, "class_name": np.array(names, str)}
+        Example:
+            >>> from detpost import DetectionPostProcessor
+            >>> post = DetectionPostProcessor.from_preset("rtdetr", top_k=1)
+            >>> found = post(torch.tensor([[[2.0, -2.0]]]), torch.tensor([[[0.5, 0.5, 1.0, 1.0]]]))
+            >>> found.to_supervision(0, ["cat", "dog"]).data["class_name"].tolist()
+            ['cat']
+        """
+        import numpy as np
+
+        supervision = import_supervision("to_supervision")
+        image = {name: value.detach().cpu().numpy() for name, value in self.to_list()[index].items()}
+        labels = image["labels"].tolist()
+        names = [str(n) if class_names is None else _of_label(class_names, n, "class_names") for n in labels]
+        data: dict[str, Any] = {"class_name": np.array(names, str), "query": image["queries"]}
         return supervision.Detections(
             xyxy=image["boxes"].reshape(-1, 4), confidence=image["scores"], class_id=image["labels"], data=data
         )
@@ -139,9 +147,13 @@ def _plain(value: Any) -> Any:
     return value.item() if hasattr(value, "item") else value
 
 
-def _supervision() -> Any:
+def import_supervision(what: str) -> Any:
+    """Import supervision; where it is missing, say what needs it and which extra brings it."""
     try:
-        import supervision
+        with warnings.catch_warnings():
+            # It runs without OpenCV, and says at length that it does.
+            warnings.simplefilter("ignore", UserWarning)
+            import supervision
     except ImportError:
-        raise ImportError("to_supervision needs supervision: pip install 'detpost[viz]'") from None
+        raise ImportError(f"{what} needs supervision: pip install 'detpost[viz]'") from None
     return supervision

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from detpost.detections import import_supervision
 
 __all__ = ["draw"]
 
@@ -23,27 +24,23 @@ def draw(image: Tensor, found: dict[str, Any]) -> np.ndarray[Any, np.dtype[np.ui
         found: an entry of what :meth:`detpost.Detector.predict` gives.
 
     Returns:
-        (H * n, W * n, 3), uint8, RGB; small images are enlarged by a whole number n.
+        (H * n, W * n, 3), uint8, RGB, with a box and the class name and score of each detection; small images are
+        enlarged by a whole number n.
 
     Raises:
         ImportError: supervision is not installed; the message names the extra.
     """
-    try:
-        with warnings.catch_warnings():
-            # It runs without OpenCV, and says at length that it does.
-            warnings.simplefilter("ignore", UserWarning)
-            import supervision
-    except ImportError:
-        raise ImportError("drawing needs supervision: pip install 'detpost[viz]'") from None
+    supervision = import_supervision("drawing")
     times = max(1, _LEGIBLE_SIDE // max(image.shape[-2:]))
     scene = image.permute(1, 2, 0).repeat_interleave(times, 0).repeat_interleave(times, 1).contiguous().numpy()
-    boxes = (found["boxes"] * times).to(torch.float32).reshape(-1, 4).numpy()
+    names = np.array(found["label_names"], str)
     detections = supervision.Detections(
-        xyxy=boxes, confidence=found["scores"].numpy(), class_id=found["labels"].numpy().astype(int)
+        xyxy=(found["boxes"] * times).to(torch.float32).reshape(-1, 4).numpy(),
+        confidence=found["scores"].numpy(),
+        class_id=found["labels"].numpy().astype(int),
+        data={"class_name": names},
     )
-    captions = [
-        f"{name} {score:.2f}" for name, score in zip(found["label_names"], found["scores"].tolist(), strict=True)
-    ]
+    captions = [f"{name} {score:.2f}" for name, score in zip(names, found["scores"].tolist(), strict=True)]
     # Annotators draw on the array they are given; supervision's colours are BGR, as OpenCV's.
     canvas = np.ascontiguousarray(scene[:, :, ::-1])
     thickness = max(1, round(max(canvas.shape[:2]) / 400))

@@ -16,24 +16,33 @@ if TYPE_CHECKING:
 
 __all__ = ["ImageSource", "Preprocessing", "read_image"]
 
+_TIFF_PHOTOMETRIC = 262
+
 ImageSource = "str | Path | Image.Image | np.ndarray[Any, Any] | Tensor"
 
 
-def read_image(source: Any) -> Tensor:
+def read_image(source: Any, max_pixels: int | None = None) -> Tensor:
     """Read an image as RGB.
 
     Args:
-        source: a path; a PIL image of any mode (EXIF orientation applied, 16-bit scaled to 8, palette and grey
-            expanded, alpha dropped); a uint8 array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) in RGB order; a tensor
-            (H, W), (1, H, W), (3, H, W) or (4, H, W), uint8, or floating within [0, 1].
+        source: a path; a PIL image of any mode (EXIF orientation applied, 16-bit and deeper scaled to 8, palette, grey
+            and CMYK converted, alpha dropped, the first frame of an animation); a uint8 array (H, W), (H, W, 1),
+            (H, W, 3) or (H, W, 4) in RGB order; a tensor (H, W), (1, H, W), (3, H, W) or (4, H, W), uint8, or floating
+            within [0, 1].
+        max_pixels: most pixels that a file may say it has; a larger one is refused before it is decoded. ``None``
+            leaves it to Pillow's own limit, twice ``PIL.Image.MAX_IMAGE_PIXELS``, which holds beside this one.
 
     Returns:
         (3, H, W), uint8, on the CPU.
 
     Raises:
-        OSError: a file that is missing or cannot be read as an image.
+        OSError: a file that is missing, too large or cannot be read as an image, in one line that names it.
         TypeError: another kind of object or dtype.
         ValueError: another shape.
+
+    Example:
+        >>> read_image(np.zeros((4, 6), np.uint8)).shape
+        torch.Size([3, 4, 6])
     """
     if isinstance(source, Tensor):
         return _from_tensor(source)
@@ -44,22 +53,61 @@ def read_image(source: Any) -> Tensor:
     if isinstance(source, Image.Image):
         return _from_pil(source)
     if isinstance(source, (str, Path)):
-        with Image.open(source) as image:
-            return _from_pil(image)
+        return _from_file(source, max_pixels)
     raise TypeError(f"an image must be a path, a PIL image, a uint8 array or a tensor; got {type(source).__name__}")
+
+
+def _from_file(path: str | Path, max_pixels: int | None) -> Tensor:
+    """Read a file; whatever goes wrong in a decoder is an OSError of one line that names the file."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as image:
+            if max_pixels is not None and image.width * image.height > max_pixels:
+                raise OSError(f"{image.width} x {image.height} pixels are more than {max_pixels}")
+            return _from_pil(image)
+    except (FileNotFoundError, PermissionError, IsADirectoryError):
+        raise
+    except UnidentifiedImageError:
+        reason = "not an image of a known format" if Path(path).stat().st_size else "the file is empty"
+    except MemoryError:
+        reason = "not enough memory for its pixels"
+    # On broken files Pillow's decoders raise SyntaxError, struct.error, zlib.error, EOFError, KeyError and more.
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+    raise OSError(f"cannot read image {str(path)!r}: {reason}")
 
 
 def _from_pil(image: Image.Image) -> Tensor:
     from PIL import ImageOps
 
+    deep = image.mode in ("I", "F") or image.mode.startswith("I;16")
+    white_is_zero = deep and getattr(image, "tag_v2", {}).get(_TIFF_PHOTOMETRIC) == 0  # Pillow inverts 8 bits alone
+    scaled_to_16_bits = image.mode.startswith("I;16") or image.format in ("PNG", "PPM")
     image = ImageOps.exif_transpose(image)
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        # convert("RGB") would clip 16-bit values to 255, a white picture.
-        values = np.asarray(image).astype(np.float64)
-        values = values / 257.0 if values.size and values.max() > 255 else values
-        return _from_array(np.clip(np.rint(values), 0, 255).astype(np.uint8))
+    if deep:
+        # convert("RGB") would clip deep values to 255, a white picture.
+        levels = _eight_bits(np.asarray(image), scaled_to_16_bits)
+        return _from_array(255 - levels if white_is_zero else levels)
+    if image.mode == "La":  # premultiplied grey converts to nothing else
+        image = image.convert("LA")
     # The copy gives torch an array it may own: PIL's buffer is read-only.
     return _from_array(np.array(image.convert("RGB")))
+
+
+def _eight_bits(values: np.ndarray[Any, Any], sixteen_bits: bool) -> np.ndarray[Any, Any]:
+    """Scale grey values of 16 bits or more, or floating ones, to 0..255; wider ones by the range that they need."""
+    if values.dtype == np.int32 and values.size and values.min() < 0:
+        values = values.view(np.uint32)  # Pillow keeps unsigned 32-bit files in signed integers
+    levels = np.nan_to_num(values.astype(np.float64))
+    greatest = levels.max(initial=0.0)
+    if sixteen_bits or 255 < greatest <= 65535:
+        levels = levels / 257
+    elif greatest > 65535:
+        levels = levels / 16843009
+    elif greatest <= 1 and values.dtype.kind == "f":
+        levels = levels * 255
+    return np.clip(np.rint(levels), 0, 255).astype(np.uint8)
 
 
 def _from_array(values: np.ndarray[Any, Any]) -> Tensor:

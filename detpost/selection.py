@@ -10,6 +10,7 @@ Selection returns indices and nothing else. Values are gathered afterwards, so n
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -146,12 +147,34 @@ def _group_prefilter(keys: Tensor, k: int) -> Tensor:
     return grouped.gather(1, chosen.unsqueeze(-1).expand(batch, k, size)).reshape(batch, k * size)
 
 
-def select_portable(scores: Tensor, k: int) -> Tensor:
+GroupMaxima = Callable[[Tensor, int], tuple[Tensor, Tensor]]
+
+
+def group_maxima(values: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Find the greatest number of each group of neighbours, and the groups that hold none.
+
+    Args:
+        values: (B, N), float32 or float64; NaN anywhere.
+        size: elements of a group; the last may have fewer.
+
+    Returns:
+        Maxima (B, G), -inf for a group of nothing but NaN. Whether it is one (B, G), bool.
+    """
+    padded = _filled(values, size)
+    is_nan = padded.isnan()
+    groups = padded.shape[1] // size
+    grouped = torch.where(is_nan, -math.inf, padded).reshape(-1, groups, size)
+    only_nan = is_nan.to(torch.float32).reshape(-1, groups, size).amin(dim=2) > 0
+    return grouped.amax(dim=2), only_nan
+
+
+def select_portable(scores: Tensor, k: int, group_maxima: GroupMaxima = group_maxima) -> Tensor:
     """Select with float32 and int32 operators alone, for runtimes with no 64-bit or bit-cast ones: the exported form.
 
     A runtime's TopK may return equal scores in any order and, at the k-th value, any of them. Its values are certain,
     so this (1) takes the k-th value tau, (2) puts the lowest indices equal to tau in the tail, (3) re-orders the rest
-    by a unique integer key made of the rank of the value and the index. Args and returns as :func:`select_top_k`.
+    by a unique integer key made of the rank of the value and the index. Args and returns as :func:`select_top_k`;
+    ``group_maxima`` may be another way to compute what the function of that name does.
     """
     width = scores.shape[1]
     kept = min(k, width)
@@ -162,27 +185,26 @@ def select_portable(scores: Tensor, k: int) -> Tensor:
         is_nan = values.isnan()
         return _exact_order(torch.where(is_nan, -math.inf, values), is_nan, kept)
     size = _group_size(width, kept)
-    if width % size:
-        # NaN comes last, and in the last places too: padding is never among the k best of a row of k numbers or NaNs.
-        values = torch.nn.functional.pad(values, (0, size - width % size), value=math.nan)
-    candidates = _portable_prefilter(values, kept, size)  # (B, M), ascending
-    chosen = values.gather(1, candidates)
+    candidates = _group_candidates(*group_maxima(values, size), kept, size)  # (B, M), ascending
+    chosen = _filled(values, size).gather(1, candidates)
     is_nan = chosen.isnan()
     return candidates.gather(1, _exact_order(torch.where(is_nan, -math.inf, chosen), is_nan, kept))
 
 
-def _portable_prefilter(values: Tensor, k: int, size: int) -> Tensor:
-    """Give the indices (B, M), ascending, of the k groups that hold the k best of ``values`` (B, N).
+def _filled(values: Tensor, size: int) -> Tensor:
+    """Fill the last group up with NaN: it comes last, so that padding is never among the k best of k values or more."""
+    missing = -values.shape[1] % size
+    return torch.nn.functional.pad(values, (0, missing), value=math.nan) if missing else values
+
+
+def _group_candidates(maxima: Tensor, only_nan: Tensor, k: int, size: int) -> Tensor:
+    """Give the indices (B, M), ascending, of the elements of the k groups that hold the k best.
 
     A group stands where its best element does, so ties between groups go by the lower group, and a group of nothing but
     NaN comes after one whose best is -inf.
     """
-    groups = values.shape[1] // size
-    is_nan = values.isnan()
-    grouped = torch.where(is_nan, -math.inf, values).reshape(-1, groups, size)
-    only_nan = is_nan.to(torch.float32).reshape(-1, groups, size).amin(dim=2) > 0
-    chosen = _ascending(_exact_set(grouped.amax(dim=2), only_nan, k)[0], groups)  # (B, k)
-    inside = torch.arange(size, device=values.device)
+    chosen = _ascending(_exact_set(maxima, only_nan, k)[0], maxima.shape[1])  # (B, k)
+    inside = torch.arange(size, device=maxima.device)
     return (chosen.unsqueeze(2) * size + inside).reshape(-1, k * size)
 
 

@@ -113,7 +113,9 @@ class DecodeSpec:
             overrides: fields of :class:`DecodeSpec` to change.
 
         Returns:
-            The family's preset. ``top_k`` follows the number of queries where the library keeps that many.
+            The family's preset. ``top_k`` follows the number of queries where the family keeps that many. Two presets
+            go by the detector's own repository and not by the processor that transformers gives it: RF-DETR's boxes
+            are clipped to the image, and LW-DETR keeps as many detections as it has queries, not 100.
 
         Raises:
             ValueError: a family that no preset covers.
@@ -122,17 +124,12 @@ class DecodeSpec:
             >>> DecodeSpec.from_config({"model_type": "rt_detr_v2", "num_queries": 50}).top_k
             50
         """
-
-        def read(name: str) -> Any:
-            return config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
-
-        family = read("model_type")
+        family = _read(config, "model_type")
         if family not in _FAMILIES:
             raise ValueError(f"no preset for model_type {family!r}: known are {', '.join(_FAMILIES)}")
         name = _FAMILIES[family]
-        queries = read("num_queries") or read("num_detection_tokens")
-        follows_queries = cls(**_PRESETS[name]).top_k == cls().top_k
-        return cls.preset(name, **{**({"top_k": queries} if queries and follows_queries else {}), **overrides})
+        queries = None if name in _FIXED_TOP_K else _query_count(config)
+        return cls.preset(name, **{**({"top_k": queries} if queries else {}), **overrides})
 
 
 def presets() -> tuple[str, ...]:
@@ -155,6 +152,18 @@ def name_of_preset(spec: DecodeSpec) -> str | None:
     return next((name for name, fields_ in _PRESETS.items() if DecodeSpec(**{**fields_, **neutral}) == plain), None)
 
 
+def _read(config: Any, name: str) -> Any:
+    return config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
+
+
+def _query_count(config: Any) -> int | None:
+    """Read the number of queries out of a config; OWL-ViT's queries are its patches."""
+    vision = _read(config, "vision_config")
+    side, patch = (_read(vision, name) for name in ("image_size", "patch_size"))
+    patches = (side // patch) ** 2 if side and patch else None
+    return _read(config, "num_queries") or _read(config, "num_detection_tokens") or patches
+
+
 _SOFTMAX: dict[str, Any] = {"activation": "softmax", "background": "last", "selection": "per_query"}
 
 _PRESETS: dict[str, dict[str, Any]] = {
@@ -167,7 +176,15 @@ _PRESETS: dict[str, dict[str, Any]] = {
     "detr": _SOFTMAX,
     "yolos": _SOFTMAX,
     "table_transformer": _SOFTMAX,
+    # Text-conditioned: a class is a phrase or a token of the prompt, and each query is kept for its best one. They keep
+    # all their queries; these are the most that a published checkpoint has.
+    "owlvit": {"selection": "per_query", "top_k": 3600},
+    "owlv2": {"selection": "per_query", "top_k": 5184},
+    "grounding_dino": {"selection": "per_query", "top_k": 900},
 }
+
+# These keep 100 detections however many queries they have.
+_FIXED_TOP_K = ("deformable_detr", "conditional_detr", "dab_detr")
 
 # transformers' model_type of each family, and its preset.
 _FAMILIES: dict[str, str] = {
@@ -175,6 +192,8 @@ _FAMILIES: dict[str, str] = {
     "rt_detr_v2": "rtdetr",
     "d_fine": "rtdetr",
     "deimv2": "rtdetr",
+    "pp_doclayout_v2": "rtdetr",  # the boxes; the reading order is the library's
+    "pp_doclayout_v3": "rtdetr",
     "rf_detr": "rfdetr",
     "lw_detr": "lwdetr",
     "deformable_detr": "deformable_detr",
@@ -183,4 +202,8 @@ _FAMILIES: dict[str, str] = {
     "detr": "detr",
     "yolos": "yolos",
     "table-transformer": "table_transformer",
+    "owlvit": "owlvit",
+    "owlv2": "owlv2",
+    "grounding-dino": "grounding_dino",
+    "mm-grounding-dino": "grounding_dino",
 }

@@ -10,8 +10,10 @@ import torch
 from torch import nn
 
 from detpost import DecodeSpec, DetectionPostProcessor
-from detpost.export import to_onnx
+from detpost.export import open_openvino, to_onnx, to_openvino
 from detpost.export.matching import match_detections
+from detpost.export.runtime import onnx_session
+from detpost.export.verify import raw_cases
 from detpost.images import Preprocessing
 from detpost.postprocess import Detections, DetectorModule, raw_outputs
 from tests.detectors import FAMILIES, SIDE, detector
@@ -221,3 +223,21 @@ def test_raw_outputs_name_what_came():
         raw_outputs({"masks": torch.zeros(1)})
     with pytest.raises(TypeError, match="got a tuple of 1"):
         raw_outputs((torch.zeros(1),))
+
+
+@pytest.mark.slow
+def test_a_wide_decode_branches_once_and_chooses_the_same(tmp_path):
+    post = DetectionPostProcessor.from_preset("rtdetr")
+    to_onnx(post, tmp_path / "out.onnx", num_queries=300, num_classes=230, queries=True)
+    kinds = [node.op_type for node in onnx.load(tmp_path / "out.onnx").graph.node]
+    assert kinds.count("If") == 1
+    to_openvino(tmp_path / "out.onnx", tmp_path / "out.xml")
+    model = open_openvino(tmp_path / "out.xml")
+    session = onnx_session(tmp_path / "out.onnx")
+    names = [output.name for output in session.get_outputs()]
+    for case, (logits, boxes, sizes) in raw_cases(300, 230):
+        feed = {"pred_logits": logits.numpy(), "pred_boxes": boxes.numpy(), "image_sizes": sizes.numpy()}
+        expected = post(logits, boxes, sizes)
+        for got in (dict(zip(names, session.run(names, feed), strict=True)), model.run(feed)):
+            for name in ("labels", "queries", "valid"):
+                assert (torch.from_numpy(got[name]) == getattr(expected, name)).all(), (case, name)
