@@ -1,4 +1,7 @@
-"""Small detectors of every transformers family, with seeded random weights: no download, no exact ties."""
+"""Small detectors of every transformers family, with seeded random weights: no download, no exact ties.
+
+``FAMILIES`` take images; ``TEXT_FAMILIES`` take a prompt as well (:func:`prompt`).
+"""
 
 from __future__ import annotations
 
@@ -167,10 +170,70 @@ def _rf_detr():
     return RfDetrForObjectDetection(config)
 
 
+def _owl(prefix):
+    import transformers
+
+    config = getattr(transformers, f"{prefix}Config")(
+        text_config={
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 4,
+            "vocab_size": 50,
+        },
+        vision_config={
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "image_size": SIDE,
+            "patch_size": 16,
+        },
+        projection_dim=32,
+    )
+    return getattr(transformers, f"{prefix}ForObjectDetection")(config)
+
+
+def _grounding_dino(prefix):
+    import transformers
+
+    config = getattr(transformers, f"{prefix}Config")(
+        backbone_config=transformers.SwinConfig(
+            embed_dim=8,
+            depths=[1, 1, 1, 1],
+            num_heads=[1, 2, 4, 4],
+            window_size=2,
+            image_size=SIDE,
+            out_features=["stage2", "stage3", "stage4"],
+        ),
+        text_config=transformers.BertConfig(
+            hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64, vocab_size=1200
+        ),
+        d_model=32,
+        encoder_layers=1,
+        decoder_layers=2,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=64,
+        decoder_ffn_dim=64,
+        num_queries=20,
+        max_text_len=16,
+    )
+    return getattr(transformers, f"{prefix}ForObjectDetection")(config)
+
+
+TEXT_FAMILIES = {
+    "owlvit": lambda: _owl("OwlViT"),
+    "owlv2": lambda: _owl("Owlv2"),
+    "grounding_dino": lambda: _grounding_dino("GroundingDino"),
+    "mm_grounding_dino": lambda: _grounding_dino("MMGroundingDino"),
+}
+
 FAMILIES = {
     "rt_detr": lambda: _rt_detr_like("RTDetr", _rt_detr_backbone()),
     "rt_detr_v2": lambda: _rt_detr_like("RTDetrV2", _rt_detr_backbone()),
     "d_fine": lambda: _rt_detr_like("DFine", _hgnet(), feat_strides=[8, 16, 32]),
+    "deimv2": lambda: _rt_detr_like("Deimv2", _hgnet(), feat_strides=[8, 16, 32], lqe_hidden_dim=8),
     "deformable_detr": lambda: _detr_like("DeformableDetr", num_feature_levels=3),
     "conditional_detr": lambda: _detr_like("ConditionalDetr"),
     "dab_detr": lambda: _dab_detr(),
@@ -206,10 +269,20 @@ def _dab_detr():
 def detector(family: str) -> nn.Module:
     """Build one in evaluation mode, its weights spread out: as made, many families score all queries the same."""
     torch.manual_seed(0)
-    model = FAMILIES[family]().eval()
+    model = (FAMILIES | TEXT_FAMILIES)[family]().eval()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1 or name.endswith("bias"):
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
     return model
+
+
+def prompt(family: str, batch: int) -> dict[str, torch.Tensor]:
+    """What a text-conditioned detector takes beside images: three phrases."""
+    if family.startswith("owl"):  # one row for each phrase of each image
+        phrases = torch.tensor([[48, 1, 49], [48, 7, 49], [48, 9, 49]]).repeat(batch, 1)
+        return {"input_ids": phrases, "attention_mask": torch.ones_like(phrases)}
+    # One row for each image: [CLS] phrase . phrase . phrase . [SEP], in BERT's ids.
+    row = torch.tensor([[101, 7, 8, 1012, 9, 1012, 11, 12, 1012, 102]]).repeat(batch, 1)
+    return {"input_ids": row, "attention_mask": torch.ones_like(row), "token_type_ids": torch.zeros_like(row)}

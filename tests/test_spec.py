@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +19,9 @@ FAMILIES = {
     "detr": DecodeSpec(activation="softmax", background="last", selection="per_query"),
     "yolos": DecodeSpec(activation="softmax", background="last", selection="per_query"),
     "table_transformer": DecodeSpec(activation="softmax", background="last", selection="per_query"),
+    "owlvit": DecodeSpec(selection="per_query", top_k=3600),
+    "owlv2": DecodeSpec(selection="per_query", top_k=5184),
+    "grounding_dino": DecodeSpec(selection="per_query", top_k=900),
 }
 
 
@@ -105,6 +109,64 @@ def test_an_unknown_field_names_the_known_ones():
             make(treshold=0.5)
         one_line(error)
     assert "score_threshold" in str(error.value)
+
+
+OWL = {"vision_config": {"image_size": 64, "patch_size": 16}}  # 16 patches, each a query
+
+CONFIGS = [
+    ({"model_type": "rt_detr", "num_queries": 40}, DecodeSpec.preset("rtdetr", top_k=40)),
+    ({"model_type": "rt_detr_v2", "num_queries": 1000}, DecodeSpec.preset("rtdetr", top_k=1000)),
+    ({"model_type": "d_fine"}, DecodeSpec.preset("rtdetr")),
+    ({"model_type": "deimv2", "num_queries": 300}, DecodeSpec.preset("rtdetr")),
+    ({"model_type": "pp_doclayout_v2", "num_queries": 300}, DecodeSpec.preset("rtdetr")),
+    ({"model_type": "pp_doclayout_v3", "num_queries": 300}, DecodeSpec.preset("rtdetr")),
+    ({"model_type": "rf_detr", "num_queries": 200}, DecodeSpec.preset("rfdetr", top_k=200)),
+    ({"model_type": "lw_detr", "num_queries": 100}, DecodeSpec.preset("lwdetr", top_k=100)),
+    ({"model_type": "deformable_detr", "num_queries": 300}, DecodeSpec.preset("deformable_detr", top_k=100)),
+    ({"model_type": "conditional_detr", "num_queries": 300}, DecodeSpec.preset("conditional_detr", top_k=100)),
+    ({"model_type": "dab-detr", "num_queries": 300}, DecodeSpec.preset("dab_detr", top_k=100)),
+    ({"model_type": "detr", "num_queries": 100}, DecodeSpec.preset("detr", top_k=100)),
+    ({"model_type": "yolos", "num_detection_tokens": 50}, DecodeSpec.preset("yolos", top_k=50)),
+    ({"model_type": "table-transformer", "num_queries": 15}, DecodeSpec.preset("table_transformer", top_k=15)),
+    ({"model_type": "owlvit"} | OWL, DecodeSpec.preset("owlvit", top_k=16)),
+    ({"model_type": "owlv2"} | OWL, DecodeSpec.preset("owlv2", top_k=16)),
+    ({"model_type": "grounding-dino", "num_queries": 900}, DecodeSpec.preset("grounding_dino")),
+    ({"model_type": "mm-grounding-dino", "num_queries": 30}, DecodeSpec.preset("grounding_dino", top_k=30)),
+]
+
+
+def as_object(config):
+    return SimpleNamespace(**{k: as_object(v) if isinstance(v, dict) else v for k, v in config.items()})
+
+
+@pytest.mark.parametrize(
+    ("config", "spec"), CONFIGS, ids=lambda value: getattr(value, "get", lambda _: "")("model_type")
+)
+def test_a_config_picks_its_familys_spec(config, spec):
+    assert DecodeSpec.from_config(config) == spec
+    assert DecodeSpec.from_config(as_object(config)) == spec
+    assert DecodeSpec.from_config(config, top_k=3, score_threshold=0.4) == dataclasses.replace(
+        spec, top_k=3, score_threshold=0.4
+    )
+
+
+@pytest.mark.peers
+def test_every_detr_of_transformers_has_a_spec_and_no_other_detector_has():
+    auto = pytest.importorskip("transformers.models.auto.modeling_auto")
+    names = {**auto.MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES, **auto.MODEL_FOR_ZERO_SHOT_OBJECT_DETECTION_MAPPING_NAMES}
+    known = {config["model_type"] for config, _ in CONFIGS}
+    assert known <= set(names)
+    for model_type in set(names) - known:  # four-cornered boxes, pixel maps, overlapping boxes that need NMS
+        assert model_type.startswith(("pp_doclayout_v4", "pp_ocr", "omdet")), f"a new family: {model_type}"
+        with pytest.raises(ValueError, match=f"no preset for model_type '{model_type}'"):
+            DecodeSpec.from_config({"model_type": model_type})
+
+
+@pytest.mark.parametrize("config", [{}, {"model_type": "bert"}, None, {"model_type": None}])
+def test_a_config_of_no_family_is_one_clear_line(config):
+    with pytest.raises(ValueError, match=r"no preset for model_type .*rt_detr_v2.*grounding-dino") as error:
+        DecodeSpec.from_config(config)
+    one_line(error)
 
 
 @pytest.mark.parametrize("name", ["RTDETR", "rt_detr", "", "yolo", None, 3])
