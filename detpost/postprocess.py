@@ -214,14 +214,31 @@ def _log_softmax(logits: Tensor) -> Tensor:
     shifted = torch.where(
         peak.isinf(), torch.where(is_peak, 0.0, -math.inf), logits - torch.where(peak.isinf(), 0.0, peak)
     )
-    # OpenVINO computes doubles as floats, where a sum depends on its order: sorted, rows that hold the same logits in
-    # another order still come out equal.
-    terms = shifted.topk(shifted.shape[-1], dim=-1).values if torch.onnx.is_in_onnx_export() else shifted
-    total = terms.exp().sum(dim=-1, keepdim=True)
+    # The peaks count apart from the rest, so that probabilities beside 1 keep their order when doubles are computed as
+    # floats, as OpenVINO does; there a sum depends on its order too, and an exponential below 1e-38 is flushed to zero.
+    terms = shifted.exp()
+    count = torch.where(is_peak, terms, 0.0).sum(dim=-1, keepdim=True)  # each is 1, and has a gradient
+    rest = _sum_in_order(torch.where(is_peak, 0.0, terms)) / count
+    total = count.log() + _log1p(torch.where(rest < 1e-37, 0.0, rest))
     is_lowest = logits.isinf() & (logits < 0)  # not `== -inf`: OpenVINO makes another number of a double's -inf
-    values = torch.where(is_lowest, -math.inf, shifted - total.log())
+    values = torch.where(is_lowest, -math.inf, shifted - total)
     # Said outright: not every runtime's max hands a NaN on, and the -inf above would pass for a number.
     return torch.where(logits.isnan().any(dim=-1, keepdim=True), math.nan, values)
+
+
+def _sum_in_order(values: Tensor) -> Tensor:
+    """Sum over the last dimension, kept; exported, from the greatest down, so equal sets of terms sum equally."""
+    terms = values.topk(values.shape[-1], dim=-1).values if torch.onnx.is_in_onnx_export() else values
+    return terms.sum(dim=-1, keepdim=True)
+
+
+def _log1p(values: Tensor) -> Tensor:
+    """Logarithm of 1 + values, values >= 0; exported as Kahan's quotient, since ONNX has but ``Log(1 + x)``."""
+    if not torch.onnx.is_in_onnx_export():
+        return values.log1p()
+    rounded = 1 + values
+    added = rounded - 1  # what of `values` the sum kept; the logarithm is stretched by what it lost
+    return torch.where(added == 0, values, rounded.log() * (values / torch.where(added == 0, 1.0, added)))
 
 
 def _take(values: Tensor, queries: Tensor) -> Tensor:

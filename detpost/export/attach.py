@@ -19,6 +19,7 @@ from detpost.export.decode_graph import (
     io_inputs,
     io_outputs,
 )
+from detpost.export.source import first_line
 from detpost.spec import DecodeSpec
 
 if TYPE_CHECKING:
@@ -162,12 +163,7 @@ def _read(onnx: Any, path: Path) -> onnx.ModelProto:
     except FileNotFoundError:
         raise
     except Exception as error:
-        raise OSError(f"{path} is not an ONNX file that can be read: {_first_line(error)}") from error
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+        raise OSError(f"{path} is not an ONNX file that can be read: {first_line(error)}") from error
 
 
 def _opset(model: onnx.ModelProto) -> int:
@@ -184,7 +180,7 @@ def _at_least_opset(onnx: Any, source: onnx.ModelProto) -> tuple[onnx.ModelProto
         converted = onnx.version_converter.convert_version(model, 17)
     except Exception as error:
         raise ValueError(
-            f"the source has opset {version}, older than {OLDEST_OPSET}, and cannot be converted: {_first_line(error)}"
+            f"the source has opset {version}, older than {OLDEST_OPSET}, and cannot be converted: {first_line(error)}"
         ) from error
     return converted, [f"converted the source from opset {version} to 17: exact ties need {OLDEST_OPSET} or later"]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -23,8 +23,9 @@ from detpost.export.decode_graph import (
     quiet_exporter,
 )
 from detpost.export.runtime import onnx_session
+from detpost.export.source import ExportSource, evaluating, first_line
 from detpost.images import Preprocessing
-from detpost.postprocess import DetectionPostProcessor, DetectorModule, raw_outputs
+from detpost.postprocess import DetectionPostProcessor, raw_outputs
 from detpost.spec import DecodeSpec
 
 if TYPE_CHECKING:
@@ -124,8 +125,9 @@ def to_onnx(
         )
         metadata = describe(spec or model.spec, class_names, io, ties, keep_raw=False)
         return finish(graph, Path(path), metadata, exporter="none")
-    source = _Source.of(model, spec, image_size, preprocessing, class_names)
-    raw = _export_network(source, opset, exporter, dynamic_batch, dynamic_size, preprocess_inside, say)
+    source = ExportSource.of(model, spec, image_size, preprocessing, class_names)
+    with evaluating(source.model):
+        raw = _export_network(source, opset, exporter, dynamic_batch, dynamic_size, preprocess_inside, say)
     say("attaching the post-processing")
     attached, _ = attach_graph(
         raw.model,
@@ -160,57 +162,6 @@ def _check_choices(io: str, ties: str, exporter: str, opset: int) -> None:
         raise ValueError(f"opset must be {OLDEST_OPSET} or later; got {opset}")
 
 
-@dataclass(frozen=True)
-class _Source:
-    """A network to export and all that its file should say."""
-
-    model: nn.Module
-    spec: DecodeSpec
-    image_size: tuple[int, int]
-    preprocessing: Preprocessing
-    class_names: Mapping[int, str]
-
-    @classmethod
-    def of(
-        cls,
-        model: str | Path | nn.Module,
-        spec: DecodeSpec | None,
-        image_size: tuple[int, int] | None,
-        preprocessing: Preprocessing | None,
-        class_names: Mapping[int, str] | None,
-    ) -> _Source:
-        names = class_names
-        if isinstance(model, DetectorModule):
-            spec = spec or model.post.spec
-            model = model.model
-        if isinstance(model, (str, Path)):
-            from detpost.integrations.transformers import load_detector
-
-            loaded = load_detector(model)
-            model, preprocessing = loaded.model, preprocessing or loaded.export_preprocessing
-            spec, names = spec or loaded.spec, names or loaded.class_names
-        elif spec is None:
-            spec = _spec_of(model)
-        if names is None:
-            names = getattr(getattr(model, "config", None), "id2label", None) or {}
-        if preprocessing is None:
-            preprocessing = Preprocessing(*(image_size or (640, 640)))
-        size = image_size or (preprocessing.height, preprocessing.width)
-        if size != (preprocessing.height, preprocessing.width):
-            preprocessing = replace(preprocessing, height=size[0], width=size[1])
-        return cls(model.eval(), spec, size, preprocessing, names)
-
-
-def _spec_of(model: nn.Module) -> DecodeSpec:
-    """Pick the spec of a module that says what it is: a transformers detector or kornia's RT-DETR."""
-    config = getattr(model, "config", None)
-    if getattr(config, "model_type", None) is not None:
-        return DecodeSpec.from_config(config)
-    if type(model).__module__.startswith("kornia.models.rt_detr"):
-        return DecodeSpec.preset("rtdetr")
-    raise ValueError("a plain module needs a spec: DecodeSpec.preset('rtdetr') for an RT-DETR")
-
-
 class _RawNetwork(nn.Module):
     """Images to (logits, boxes), with the scaling and normalisation in front on request."""
 
@@ -233,7 +184,7 @@ class _RawGraph:
 
 
 def _export_network(
-    source: _Source,
+    source: ExportSource,
     opset: int,
     exporter: Exporter,
     dynamic_batch: bool,
@@ -259,7 +210,7 @@ def _export_network(
             say("comparing the network with PyTorch")
             _compare_with_eager(network, model, source.image_size, dtype, device, dynamic_batch, dynamic_size)
         except Exception as error:  # an exporter may fail with anything, and the user should meet no stack trace
-            failures.append(f"the {name} exporter failed: {_first_line(error)}")
+            failures.append(f"the {name} exporter failed: {first_line(error)}")
             continue
         return _RawGraph(model, name, (*failures, f"network exported with the {name} exporter"))
     raise ValueError("no exporter could make the graph: " + "; ".join(failures))
@@ -359,11 +310,3 @@ def _stable_top_k(
 
 # Whole networks in another runtime differ by rounding alone; a wrong graph differs by more than this.
 _MOST_LOGIT_DIFFERENCE = 0.05
-
-
-def _first_line(error: BaseException) -> str:
-    """Say in one line what went wrong: of the innermost cause, since exporters wrap theirs in pages of advice."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -18,7 +18,8 @@ from torch import nn
 from detpost.export.artifact import read_metadata
 from detpost.export.decode_graph import import_onnx
 from detpost.export.files import replace_when_whole
-from detpost.export.onnx import Progress, _first_line, to_onnx
+from detpost.export.onnx import Progress, to_onnx
+from detpost.export.source import first_line
 from detpost.spec import DecodeSpec
 
 __all__ = ["OpenVinoExport", "OpenVinoModel", "open_openvino", "to_openvino"]
@@ -96,7 +97,7 @@ def _convert(openvino: Any, source: Path, path: Path, notes: tuple[str, ...], sa
     try:
         model = openvino.convert_model(source)
     except Exception as error:
-        raise ValueError(f"OpenVINO does not take the graph: {_first_line(error)}") from error
+        raise ValueError(f"OpenVINO does not take the graph: {first_line(error)}") from error
     say("writing the file")
     _write_pair(openvino, model, path, metadata)
     return OpenVinoExport(
@@ -113,7 +114,7 @@ def _onnx_metadata(source: Path) -> dict[str, Any]:
     try:
         model = onnx.load(source, load_external_data=False)
     except Exception as error:
-        raise ValueError(f"{source} is not an ONNX file: {_first_line(error)}") from error
+        raise ValueError(f"{source} is not an ONNX file: {first_line(error)}") from error
     return read_metadata({entry.key: entry.value for entry in model.metadata_props}, source)
 
 
@@ -222,7 +223,7 @@ def open_openvino(path: str | Path) -> OpenVinoModel:
     try:
         model = core.read_model(path)
     except Exception as error:
-        raise ValueError(f"OpenVINO does not take {path}: {_first_line(error)}") from error
+        raise ValueError(f"OpenVINO does not take {path}: {first_line(error)}") from error
     if not model.has_rt_info(_RT_INFO):
         raise ValueError(f"{path} was not written by detpost: export the detector with detpost.export.to_openvino")
     metadata = json.loads(model.get_rt_info(_RT_INFO).astype(str))

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from detpost.export.artifact import describe
 from detpost.export.decode_graph import quiet_exporter
 from detpost.export.files import replace_when_whole
-from detpost.export.onnx import Progress, _first_line, _Source
+from detpost.export.onnx import Progress
+from detpost.export.source import ExportSource, evaluating, first_line
 from detpost.images import Preprocessing
 from detpost.postprocess import DetectionPostProcessor, DetectorModule
 from detpost.spec import DecodeSpec
@@ -115,18 +116,20 @@ def package(
     else:
         if image_size is None and example:
             image_size = (int(example[0].shape[-2]), int(example[0].shape[-1]))
-        source = _Source.of(model, spec, image_size, preprocessing, class_names)
+        source = ExportSource.of(model, spec, image_size, preprocessing, class_names)
         module, inputs, metadata = _whole_detector(source, example)
     names = _POST_INPUTS if isinstance(module, _PostInputs) else _DETECTOR_INPUTS
-    say("exporting the graph")
-    program = _export(module, inputs)
+    with evaluating(module):
+        say("exporting the graph")
+        program = _export(module, inputs)
     device = inputs[0].device.type
     recorded = {**metadata, "kind": kind, "device": device, "inputs": names, "outputs": _OUTPUTS}
     with replace_when_whole(path) as temporary:
         say("compiling (AOTInductor)" if kind == "aot" else "saving the graph")
         _write(program, temporary, kind, recorded)
         say("comparing with PyTorch")
-        _compare_with_eager(module, open_package(temporary), inputs)
+        with evaluating(module):
+            _compare_with_eager(module, open_package(temporary), inputs)
     return PackageExport(path, kind, device, names, _OUTPUTS)
 
 
@@ -168,11 +171,11 @@ def _post_alone(
         "shape": list(example[0].shape[1:]),
     }
     post = post if spec == post.spec else DetectionPostProcessor(spec)
-    return _PostInputs(post).eval(), _with_sizes(example, 2), metadata
+    return _PostInputs(post), _with_sizes(example, 2), metadata
 
 
 def _whole_detector(
-    source: _Source, example: Sequence[Tensor] | None
+    source: ExportSource, example: Sequence[Tensor] | None
 ) -> tuple[nn.Module, tuple[Tensor, ...], dict[str, Any]]:
     device = next((parameter.device for parameter in source.model.parameters()), torch.device("cpu"))
     given = example or (torch.rand(2, 3, *source.image_size, generator=torch.Generator().manual_seed(0)).to(device),)
@@ -187,7 +190,7 @@ def _whole_detector(
         "preprocess_inside": False,
     }
     detector = DetectorModule(source.model, DetectionPostProcessor(source.spec))
-    return _DetectorInputs(detector).eval(), _with_sizes(given, 1), metadata
+    return _DetectorInputs(detector), _with_sizes(given, 1), metadata
 
 
 def _with_sizes(example: Sequence[Tensor], before: int) -> tuple[Tensor, ...]:
@@ -213,7 +216,7 @@ def _export(module: nn.Module, inputs: tuple[Tensor, ...]) -> torch.export.Expor
             with quiet_exporter(), torch.no_grad():
                 return torch.export.export(module, inputs, dynamic_shapes=shapes, strict=strict)
         except Exception as error:  # the exporter may fail with anything, and the user should meet no stack trace
-            failures.append(_first_line(error))
+            failures.append(first_line(error))
     raise ValueError(f"torch.export cannot take the model with a free batch size: {'; '.join(failures)}")
 
 
@@ -230,7 +233,7 @@ def _write(program: torch.export.ExportedProgram, path: Path, kind: Kind, metada
                 program, package_path=str(path), inductor_configs={"aot_inductor.metadata": {_METADATA: text}}
             )
     except Exception as error:
-        raise ValueError(f"AOTInductor cannot compile the model: {_first_line(error)}") from error
+        raise ValueError(f"AOTInductor cannot compile the model: {first_line(error)}") from error
 
 
 @dataclass(frozen=True)

@@ -173,6 +173,14 @@ def test_preprocessing_inside_takes_bytes(tmp_path):
     assert torch.allclose(inside["scores"], outside["scores"], atol=1e-5)
 
 
+def test_an_export_leaves_the_mode_of_the_module_alone(tmp_path):
+    model = Plain().train()
+    model.head.eval()
+    to_onnx(model, tmp_path / "out.onnx", DecodeSpec(), image_size=(24, 24))
+    assert model.training
+    assert not model.head.training
+
+
 def test_a_fixed_batch_is_one(tmp_path):
     to_onnx(Plain(), tmp_path / "out.onnx", DecodeSpec(), image_size=(24, 24), dynamic_batch=False)
     model = onnx.load(tmp_path / "out.onnx")
