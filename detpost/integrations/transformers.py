@@ -1,4 +1,4 @@
-"""Detectors from the transformers library: loading, and which preset each family takes."""
+"""Detectors from the transformers library: loading them, and decoding in place of their image processors."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from detpost.images import Preprocessing
+from detpost.integrations.image_processors import patched, post_process_object_detection
 from detpost.spec import DecodeSpec
 
-__all__ = ["LoadedDetector", "load_detector"]
+__all__ = ["LoadedDetector", "load_detector", "patched", "post_process_object_detection"]
 
 Prepare = Callable[[Sequence[Tensor]], tuple[Tensor, Tensor, Tensor | None]]
 
