@@ -80,7 +80,9 @@ class PostProcess(nn.Module):
         """
         if outputs.get("pred_masks") is not None and outputs.get("pred_keypoints") is not None:
             raise ValueError("expected pred_masks or pred_keypoints; got both: RF-DETR has no such model")
-        found = self.decode(*raw_outputs(outputs), target_sizes)
+        logits, boxes = raw_outputs(outputs)
+        # A box of negative width or height is one of none.
+        found = self.decode(logits, torch.cat((boxes[..., :2], boxes[..., 2:].clamp(min=0)), dim=-1), target_sizes)
         names = ("scores", "labels", "boxes", "queries")
         rows = [dict(zip(names, image, strict=True)) for image in zip(*found[:4], strict=True)]
         if outputs.get("pred_masks") is not None and score_threshold is not None:
