@@ -27,6 +27,11 @@ console = Console()
 PRESET_HELP = f"How the outputs are decoded: {', '.join(presets())}."
 
 
+MODEL_HELP = "tiny, a transformers directory or hub id, or an .onnx, .xml or .pt2 file of detpost's."
+BACKEND_HELP = "What runs a transformers detector: eager, compile, onnx, openvino or cudagraph."
+CATEGORIES_HELP = "How classes find their category in the annotations: auto, name, order or label."
+
+
 @contextlib.contextmanager
 def steps() -> Iterator[Callable[[str], None]]:
     """Show the step that is running; on a terminal as a spinner, elsewhere as lines."""
@@ -112,6 +117,109 @@ def bench(
     write_json(rows, out / "bench.json")
     write_plot(rows, out / "bench.png")
     console.print(f"{out}/bench.json and {out}/bench.png", highlight=False)
+
+
+@app.command()
+def detect(
+    images: Annotated[list[str], typer.Argument(help="Folders, files or glob patterns.")],
+    model: Annotated[str, typer.Option(help=MODEL_HELP)] = "tiny",
+    backend: Annotated[str, typer.Option(help=BACKEND_HELP)] = "eager",
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; CUDA where there is one.")] = None,
+    batch: Annotated[int, typer.Option(help="Most images that go through the network at once.")] = 8,
+    threshold: Annotated[float, typer.Option(help="Detections with a score above it are kept.")] = 0.5,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the results.")] = Path("detections"),
+    formats: Annotated[list[str] | None, typer.Option("--format", help="coco, jsonl or csv; may be repeated.")] = None,
+    draw: Annotated[bool, typer.Option("--draw", help="Write annotated pictures too.")] = False,
+    annotations: Annotated[
+        Path | None, typer.Option(help="COCO annotation file that gives image and category ids.")
+    ] = None,
+    categories: Annotated[str, typer.Option(help=CATEGORIES_HELP)] = "auto",
+    fresh: Annotated[bool, typer.Option("--fresh", "--overwrite", help="Drop an earlier run and start over.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit status 1 if an image was skipped.")] = False,
+    max_pixels: Annotated[int, typer.Option(help="Images with more pixels are skipped.")] = 178_956_970,
+    workers: Annotated[int | None, typer.Option(help="Threads that decode images; one per core, at most 4.")] = None,
+) -> None:
+    """Detect in a folder of any size; an interrupted run goes on where it stopped when started again."""
+    from detpost.detect import detect as run_detect
+
+    with _progress("images") as tell, _resumable(out):
+        summary = run_detect(
+            images,
+            out,
+            model=model,
+            backend=backend,
+            device=device,
+            batch_size=batch,
+            threshold=threshold,
+            formats=formats or ["coco"],
+            draw=draw,
+            annotations=annotations,
+            categories=categories,
+            fresh=fresh,
+            max_pixels=max_pixels,
+            workers=workers,
+            progress=tell,
+        )
+    _print_summary(summary)
+    if strict and summary.skipped:
+        raise typer.Exit(1)
+
+
+@app.command()
+def evaluate(
+    annotations: Annotated[Path, typer.Argument(help="COCO ground truth.")],
+    results: Annotated[Path | None, typer.Option(help="COCO results file; or take --model and --images.")] = None,
+    model: Annotated[str | None, typer.Option(help=MODEL_HELP)] = None,
+    images: Annotated[Path | None, typer.Option(help="Folder of the ground truth's images.")] = None,
+    iou_type: Annotated[str, typer.Option(help="bbox, or segm for the masks of a results file.")] = "bbox",
+    max_dets: Annotated[str, typer.Option(help="Most detections per image and category, three counts.")] = "1,10,100",
+    per_class: Annotated[bool, typer.Option("--per-class", help="AP of each category too.")] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write it as JSON; - for standard output.")] = None,
+    backend: Annotated[str, typer.Option(help=BACKEND_HELP)] = "eager",
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; CUDA where there is one.")] = None,
+    batch: Annotated[int, typer.Option(help="Most images that go through the network at once.")] = 8,
+    threshold: Annotated[float, typer.Option(help="Detections of the model with a score above it count.")] = 0.0,
+    categories: Annotated[str, typer.Option(help=CATEGORIES_HELP)] = "auto",
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder to keep the model's results in.")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", "--overwrite", help="Drop an earlier run and start over.")] = False,
+) -> None:
+    """Compute COCO's AP and AR, equal to pycocotools', of a results file or of a model on a folder of images."""
+    from detpost.evaluate import evaluate as evaluate_results
+    from detpost.evaluate import evaluate_model
+
+    counts = _counts(max_dets)
+    if (results is None) == (model is None) or (model is None) != (images is None):
+        raise ValueError("evaluate takes --results FILE, or --model MODEL with --images FOLDER")
+    quiet = str(json_file) == "-"
+    if results is not None:
+        found = evaluate_results(annotations, results, iou_type=iou_type, max_dets=counts)
+    else:
+        assert images is not None
+        if iou_type != "bbox":
+            raise ValueError(f"a model is evaluated on boxes: --iou-type {iou_type} takes --results")
+        with _progress("images", quiet) as tell, _resumable(out):
+            found, summary = evaluate_model(
+                annotations,
+                images,
+                out=out,
+                threshold=threshold,
+                max_dets=counts,
+                model=model,
+                backend=backend,
+                device=device,
+                batch_size=batch,
+                categories=categories,
+                fresh=fresh,
+                progress=tell,
+            )
+        if not quiet:
+            _print_skipped(summary)
+    if quiet:
+        print(found.to_json())
+        return
+    if json_file is not None:
+        json_file.write_text(found.to_json() + "\n")
+    _print_evaluation(found, per_class)
 
 
 @app.command()
@@ -236,6 +344,117 @@ def verify(
     console.print(str(report), highlight=False, markup=False, soft_wrap=True)
     if not report.ok:
         raise typer.Exit(1)
+
+
+@contextlib.contextmanager
+def _progress(what: str, quiet: bool = False) -> Iterator[Callable[[int, int], None]]:
+    """Show how far a run is, its rate and the time left; on a terminal as a bar, elsewhere as a line now and then."""
+    import time
+
+    from rich import progress
+
+    if quiet or not console.is_terminal:
+        began, before, last = 0.0, -1, 0.0
+
+        def line(done: int, total: int) -> None:
+            nonlocal began, before, last
+            now = time.monotonic()
+            if before < 0:
+                began, before = now, done
+            if quiet or (now - last < 5 and before < done < total):
+                return
+            last = now
+            rate = (done - before) / (now - began) if done > before and now > began else 0.0
+            pace = f", {rate:.1f}/s, {_clock((total - done) / rate)} left" if rate else ""
+            console.print(f"... {done} of {total} {what}{pace}", highlight=False)
+
+        yield line
+        return
+    columns = [
+        progress.TextColumn(what),
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        progress.TextColumn("{task.fields[rate]}"),
+        progress.TimeRemainingColumn(compact=True),
+    ]
+    with progress.Progress(*columns, console=console) as bar:
+        tasks: list[progress.TaskID] = []
+
+        def advance(done: int, total: int) -> None:
+            if not tasks:  # added with what an earlier run did, which then does not count as this one's speed
+                tasks.append(bar.add_task(what, total=total, completed=done, rate=""))
+            speed = bar.tasks[0].speed
+            bar.update(tasks[0], completed=done, rate=f"{speed:.1f}/s" if speed else "")
+
+        yield advance
+
+
+@contextlib.contextmanager
+def _resumable(out: Path | None) -> Iterator[None]:
+    """On Ctrl-C say how to go on, in place of a stack trace."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        kept = f"; what is finished is in {out}, the same command goes on from there" if out is not None else ""
+        Console(stderr=True, soft_wrap=True).print(f"interrupted{kept}", highlight=False, markup=False)
+        raise typer.Exit(130) from None
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes}:{rest:02}"
+
+
+def _shown(name: str) -> str:
+    """Show a file name on one line, whatever is in it."""
+    return name if name.isprintable() else ascii(name)
+
+
+def _print_skipped(summary: Any, most: int = 20) -> None:
+    for name, reason in summary.skipped[:most]:
+        console.print(f"skipped {_shown(name)}: {_shown(reason)}", highlight=False, markup=False, soft_wrap=True)
+    if len(summary.skipped) > most:
+        console.print(f"... and {len(summary.skipped) - most} more, all in skipped.csv", highlight=False)
+
+
+def _print_summary(summary: Any) -> None:
+    _print_skipped(summary)
+    if summary.uncategorised:
+        console.print(f"{summary.uncategorised} detections are of no category of the annotations", highlight=False)
+    count = f"{summary.images} images: {summary.finished} now, {summary.resumed} before, {len(summary.skipped)} skipped"
+    if not summary.changed:
+        count = f"nothing to do: all {summary.images} images are finished, {len(summary.skipped)} of them skipped"
+    files = ", ".join(str(file) for file in summary.files if file.name != "skipped.csv")
+    line = f"{count}; {summary.detections} detections in {files}"
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _print_evaluation(found: Any, per_class: bool) -> None:
+    for note in found.notes:
+        console.print(f"- {note}", highlight=False, markup=False, soft_wrap=True)
+    title = f"{found.iou_type}: {found.images} images, {found.annotations} annotations, {found.results} results"
+    table = Table("", "IoU", "area", "most per image", "value", title=title, title_justify="left")
+    areas = {"s": "small", "m": "medium", "l": "large"}
+    for name, value in found.metrics.items():
+        overlap = {"AP50": "0.50", "AP75": "0.75"}.get(name, "0.50:0.95")
+        most = name[2:] if name[2:].isdigit() and name.startswith("AR") else str(found.max_dets[-1])
+        table.add_row(name, overlap, areas.get(name[-1], "all"), most, f"{value:.3f}")
+    console.print(table)
+    if per_class:
+        classes = Table("category", "name", "annotations", "AP", "AP50", "AP75")
+        for row in found.classes:
+            values = (f"{value:.3f}" for value in (row.ap, row.ap50, row.ap75))
+            classes.add_row(str(row.category_id), _shown(row.name), str(row.annotations), *values)
+        console.print(classes)
+    if min(found.metrics.values()) < 0:
+        console.print("-1: there is no ground truth of that size", highlight=False)
+
+
+def _counts(text: str) -> list[int]:
+    parts = text.replace(",", " ").split()
+    if len(parts) != 3 or not all(part.isdigit() for part in parts):
+        raise ValueError(f"--max-dets must be three counts, as 1,10,100; got {text!r}")
+    return [int(part) for part in parts]
 
 
 def _given(**options: Any) -> dict[str, Any]:

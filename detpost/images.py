@@ -99,7 +99,7 @@ def _eight_bits(values: np.ndarray[Any, Any], sixteen_bits: bool) -> np.ndarray[
     """Scale grey values of 16 bits or more, or floating ones, to 0..255; wider ones by the range that they need."""
     if values.dtype == np.int32 and values.size and values.min() < 0:
         values = values.view(np.uint32)  # Pillow keeps unsigned 32-bit files in signed integers
-    levels = np.nan_to_num(values.astype(np.float64))
+    levels: np.ndarray[Any, Any] = np.nan_to_num(values.astype(np.float64))
     greatest = levels.max(initial=0.0)
     if sixteen_bits or 255 < greatest <= 65535:
         levels = levels / 257
@@ -107,7 +107,8 @@ def _eight_bits(values: np.ndarray[Any, Any], sixteen_bits: bool) -> np.ndarray[
         levels = levels / 16843009
     elif greatest <= 1 and values.dtype.kind == "f":
         levels = levels * 255
-    return np.clip(np.rint(levels), 0, 255).astype(np.uint8)
+    bytes_: np.ndarray[Any, Any] = np.clip(np.rint(levels), 0, 255).astype(np.uint8)
+    return bytes_
 
 
 def _from_array(values: np.ndarray[Any, Any]) -> Tensor:

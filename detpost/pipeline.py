@@ -13,6 +13,7 @@ from torch import Tensor
 from detpost.detections import Detections
 from detpost.images import Preprocessing, read_image
 from detpost.postprocess import DetectionPostProcessor, DetectorModule
+from detpost.spec import DecodeSpec
 
 __all__ = ["Detector"]
 
@@ -35,6 +36,7 @@ class Detector:
         device: where ``run`` wants its inputs.
         threshold: detections with ``score > threshold`` are given.
         batch: the batch size that ``run`` is fixed to; ``None`` where any will do.
+        spec: how raw outputs are decoded, where that is known.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class Detector:
         device: torch.device,
         threshold: float = 0.5,
         batch: int | None = None,
+        spec: DecodeSpec | None = None,
     ) -> None:
         self.run = run
         self.prepare = prepare
@@ -52,6 +55,7 @@ class Detector:
         self.device = device
         self.threshold = threshold
         self.batch = batch
+        self.spec = spec
 
     @classmethod
     def load(
@@ -104,6 +108,7 @@ class Detector:
             loaded.class_names,
             place,
             threshold,
+            spec=loaded.spec,
         )
 
     def predict(self, images: Any, batch_size: int = 8) -> list[dict[str, Any]]:
@@ -227,7 +232,9 @@ def _load_package(path: Path, device: Any, threshold: float) -> Detector:
     def run(images: Tensor, image_sizes: Tensor, pixel_mask: Tensor | None) -> Detections:
         return Detections(**opened.run(images, image_sizes))
 
-    return Detector(run, _fixed_prepare(metadata, path), _names_of(metadata), opened.device, threshold)
+    return Detector(
+        run, _fixed_prepare(metadata, path), _names_of(metadata), opened.device, threshold, spec=_spec_of(metadata)
+    )
 
 
 _FILES: dict[str, Callable[[Path, Any, float], Detector]] = {
@@ -264,6 +271,7 @@ def _of_arrays(
         torch.device("cpu"),
         threshold,
         batch if isinstance(batch, int) else None,
+        _spec_of(metadata),
     )
 
 
@@ -274,6 +282,10 @@ def _check_whole(path: Path, metadata: dict[str, Any], inputs: Iterable[str]) ->
 
 def _names_of(metadata: dict[str, Any]) -> dict[int, str]:
     return {int(label): name for label, name in metadata["class_names"].items()}
+
+
+def _spec_of(metadata: dict[str, Any]) -> DecodeSpec | None:
+    return DecodeSpec(**metadata["spec"]) if "spec" in metadata else None
 
 
 def _fixed_prepare(metadata: dict[str, Any], path: Path) -> Prepare:
