@@ -1,4 +1,4 @@
-"""In place of RF-DETR's ``PostProcess``: the same constructor, the same call, the same boxes; heads through a hook."""
+"""In place of RF-DETR's ``PostProcess``: the same constructor, the same call, the same results."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ class PostProcess(nn.Module):
     """Turn RF-DETR's raw outputs into one dict per image.
 
     Each dict has ``queries`` beside what the original gives: the index of the query that made each detection, by which
-    anything else that the model says per query (masks, keypoints, embeddings) is gathered. :meth:`heads` is the place
-    to do so.
+    anything else that the model says per query can be gathered. :meth:`heads` is the place to do so; as it is, it gives
+    the original's masks and keypoints.
 
     Args:
         num_select: how many (query, class) pairs to keep, at least 1.
-        num_keypoints_per_class: kept for :meth:`heads`.
-        trace_alpha: kept for :meth:`heads`.
-        upsample_masks_to_image_size: kept for :meth:`heads`.
+        num_keypoints_per_class: how many keypoints each class has.
+        trace_alpha: how much uncertain keypoints lower the score; see :class:`detpost.heads.RFDETRKeypoints`.
+        upsample_masks_to_image_size: whether masks come in the size of the image, or in the network's own.
 
     Source:
         ``rfdetr/models/postprocess.py`` of rfdetr 1.11. Where ours differs on purpose stands in ``docs/drop-ins.md``.
@@ -64,15 +64,16 @@ class PostProcess(nn.Module):
         """Decode a batch.
 
         Args:
-            outputs: ``pred_logits`` (B, Q, C) and ``pred_boxes`` (B, Q, 4), cxcywh in units of the image; whatever else
-                it holds is for :meth:`heads`.
+            outputs: ``pred_logits`` (B, Q, C) and ``pred_boxes`` (B, Q, 4), cxcywh in units of the image; where the
+                model has them, ``pred_masks`` (B, Q, h, w) or ``pred_keypoints`` (B, Q, classes * N, D).
             target_sizes: (B, 2), (height, width) of each image in pixels.
-            score_threshold: with ``pred_masks``, keep ``score > score_threshold`` alone, as the original does; boxes by
-                themselves keep K detections whatever it says.
+            score_threshold: with ``pred_masks``, keep ``score > score_threshold`` alone, as the original does; boxes
+                and keypoints keep K detections whatever it says.
 
         Returns:
             For each image ``scores`` (K,), ``labels`` (K,), ``boxes`` (K, 4), xyxy in pixels and clipped to the image,
-            and ``queries`` (K,), with K = min(num_select, Q * C), and what :meth:`heads` adds.
+            and ``queries`` (K,), with K = min(num_select, Q * C), and what :meth:`heads` adds. Slots of NaN read label
+            -1 and score 0; with masks or keypoints they are left out.
 
         Raises:
             ValueError: shapes that do not fit, or masks and keypoints at once.
@@ -83,32 +84,59 @@ class PostProcess(nn.Module):
         logits, boxes = raw_outputs(outputs)
         # A box of negative width or height is one of none.
         found = self.decode(logits, torch.cat((boxes[..., :2], boxes[..., 2:].clamp(min=0)), dim=-1), target_sizes)
-        names = ("scores", "labels", "boxes", "queries")
-        rows = [dict(zip(names, image, strict=True)) for image in zip(*found[:4], strict=True)]
-        if outputs.get("pred_masks") is not None and score_threshold is not None:
-            found = found._replace(valid=found.valid & (found.scores > score_threshold))
+        if outputs.get("pred_masks") is None and outputs.get("pred_keypoints") is None:
+            names = ("scores", "labels", "boxes", "queries")
+            rows = [dict(zip(names, image, strict=True)) for image in zip(*found[:4], strict=True)]
+        else:
+            if outputs.get("pred_masks") is not None and score_threshold is not None:
+                found = found._replace(valid=found.valid & (found.scores > score_threshold))
             rows = found.to_list()
         return [row | extra for row, extra in zip(rows, self.heads(outputs, found, target_sizes, rows), strict=True)]
 
     def heads(
         self, outputs: Mapping[str, Any], found: Detections, target_sizes: Tensor, rows: Sequence[Mapping[str, Tensor]]
     ) -> list[dict[str, Tensor]]:
-        """Say what to add to each image's dict; override it for masks and keypoints.
+        """Say what to add to each image's dict, or put in place of what is there. Override it for a head of your own.
 
         Args:
-            outputs: all that the model gave, ``pred_masks`` (B, Q, h, w) and ``pred_keypoints`` included.
+            outputs: all that the model gave.
             found: all K slots of the batch; ``valid`` holds the score threshold where one applies.
             target_sizes: (B, 2), (height, width).
             rows: for each image what is returned so far; its ``queries`` index dimension 1 of ``outputs``.
 
         Returns:
-            For each image what to add. Here: ``mask_logits`` (D, h, w), the raw masks of the kept queries, where the
-            model gave masks, else nothing.
+            For each image ``masks`` (D, 1, height, width), bool, where the model gave ``pred_masks``; ``keypoints``
+            (D, N, 3), ``keypoint_precision_cholesky`` (D, N, 3) and ``scores`` (D,) where it gave ``pred_keypoints``;
+            else nothing.
         """
-        masks = outputs.get("pred_masks")
-        if masks is None:
-            return [{} for _ in rows]
+        masks, keypoints = outputs.get("pred_masks"), outputs.get("pred_keypoints")
+        if masks is not None:
+            return [{"masks": image} for image in self._masks(masks, found, target_sizes, rows)]
+        if keypoints is not None:
+            return self._keypoints(keypoints, found, target_sizes)
+        return [{} for _ in rows]
+
+    def _masks(
+        self, masks: Tensor, found: Detections, target_sizes: Tensor, rows: Sequence[Mapping[str, Tensor]]
+    ) -> list[Tensor]:
+        if self.upsample_masks_to_image_size:
+            from detpost.heads import masks_per_image
+
+            return masks_per_image(found, masks, target_sizes)
+        return [(image[row["queries"]] > 0).unsqueeze(1) for image, row in zip(masks, rows, strict=True)]
+
+    def _keypoints(self, keypoints: Tensor, found: Detections, target_sizes: Tensor) -> list[dict[str, Tensor]]:
+        if not any(self.num_keypoints_per_class):  # no class has any: none come out, as in the original
+            none = found.boxes.new_zeros((0, 3))
+            return [
+                {"keypoints": none.expand(count, 0, 3), "keypoint_precision_cholesky": none.expand(count, 0, 3)}
+                for count in map(int, found.valid.sum(dim=1))
+            ]
+        from detpost.heads import RFDETRKeypoints
+
+        decode = RFDETRKeypoints(self.num_keypoints_per_class, self.trace_alpha).to(keypoints.device)
+        names = ("keypoints", "scores", "keypoint_precision_cholesky")
         return [
-            {"mask_logits": image.index_select(0, row["queries"].clamp(min=0))}
-            for image, row in zip(masks, rows, strict=True)
+            {name: values[valid] for name, values in zip(names, image, strict=True)}
+            for *image, valid in zip(*decode(found, keypoints, target_sizes), found.valid, strict=True)
         ]

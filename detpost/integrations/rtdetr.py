@@ -28,8 +28,8 @@ class RTDETRPostProcessor(nn.Module):
     Args:
         num_classes: C, the classes of the logits. Without focal loss it says nothing: the last class of the logits is
             then "no object", and is never reported.
-        use_focal_loss: score by sigmoid and rank (query, class) pairs; else by softmax, with the best class of each
-            query, in the order of the queries where there are no more than ``num_top_queries``.
+        use_focal_loss: score by sigmoid and rank (query, class) pairs; else by softmax over the classes, with the best
+            class of each query, in the order of the queries where there are no more than ``num_top_queries``.
         num_top_queries: how many to keep.
         remap_mscoco_category: give COCO's category ids (1 to 90) for labels 0 to 79. Not after :meth:`deploy`.
 

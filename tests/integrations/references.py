@@ -27,7 +27,7 @@ def corners(boxes: Tensor) -> Tensor:
 
 
 def rtdetr(raw, sizes_wh, focal=True, top=300):
-    """RT-DETRv2's: labels, boxes and scores, (B, K) each."""
+    """RT-DETR's labels, boxes and scores, (B, K) each; its softmax over the classes, its boxes always in pixels."""
     logits, boxes = raw["pred_logits"], corners(raw["pred_boxes"]) * torch.cat((sizes_wh, sizes_wh), 1)[:, None]
     if focal:
         scores, flat = logits.sigmoid().flatten(1).topk(top)

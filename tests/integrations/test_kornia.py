@@ -166,3 +166,8 @@ def test_like_takes_kornias_module_alone(wrong):
     with pytest.raises(TypeError, match="expected kornia's DETRPostProcessor; got") as error:
         DETRPostProcessor.like(wrong)
     one_line(error)
+
+
+def test_a_score_equal_to_the_threshold_is_dropped_there_and_here():
+    for post in pair(confidence_threshold=0.5, num_top_queries=7):
+        assert [len(rows) for rows in post(torch.zeros(1, 1, 7), torch.rand(1, 1, 4), SIZES[:1])] == [0]

@@ -53,24 +53,42 @@ def test_the_packages_tie_rule_is_ours(package):
 
 
 @pytest.mark.peers
+@pytest.mark.parametrize("upsample", [True, False])
 @pytest.mark.parametrize("threshold", [None, 0.0, 0.999, 1.0])
-def test_the_kept_rows_with_masks_are_the_packages(package, threshold):
+def test_the_masks_are_the_packages(package, threshold, upsample):
     raw = outputs() | {"pred_masks": torch.randn(3, 40, 6, 9)}
-    theirs = package(num_select=60, upsample_masks_to_image_size=False)(raw, SIZES, threshold)
-    ours = PostProcess(num_select=60, upsample_masks_to_image_size=False)(raw, SIZES, threshold)
+    sizes = torch.tensor([[48, 64], [33, 77], [50, 10]])
+    theirs = package(num_select=60, upsample_masks_to_image_size=upsample)(raw, sizes, threshold)
+    ours = PostProcess(num_select=60, upsample_masks_to_image_size=upsample)(raw, sizes, threshold)
     hold(ours, theirs)
     for mine, yours in zip(ours, theirs, strict=True):
-        assert_same((mine["mask_logits"] > 0).unsqueeze(1), yours["masks"])
+        assert mine["masks"].shape == yours["masks"].shape
+        assert (mine["masks"] ^ yours["masks"]).sum() <= 1e-4 * yours["masks"].numel()  # rounding at the zero crossing
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("depth", [3, 8])
+@pytest.mark.parametrize("per_class", [[0, 3, 2, 0, 1, 3, 2], [3, 3], [0, 0], None], ids=str)
+def test_the_keypoints_are_the_packages(package, per_class, depth):
+    slots = len(per_class or []) * max(per_class or [0])
+    raw = outputs() | {"pred_keypoints": torch.randn(3, 40, slots, depth)}
+    theirs = package(60, per_class)(raw, SIZES)
+    ours = PostProcess(60, per_class)(raw, SIZES)
+    for mine, yours in zip(ours, theirs, strict=True):
+        assert set(mine) - set(yours) == {"queries"}
+        for name, values in yours.items():
+            torch.testing.assert_close(mine[name], values, rtol=1e-5, atol=1e-3, equal_nan=True)
 
 
 @pytest.mark.parametrize("threshold", [None, 0.999, 1.0])
 def test_masks_follow_their_detections_by_query(threshold):
     masks = torch.randn(3, 40, 6, 9)
-    ours = PostProcess(num_select=60)(outputs() | {"pred_masks": masks}, SIZES, threshold)
+    post = PostProcess(num_select=60, upsample_masks_to_image_size=False)
+    ours = post(outputs() | {"pred_masks": masks}, SIZES, threshold)
     for image, mine, yours in zip(masks, ours, rfdetr(outputs(), SIZES, 60), strict=True):
         keep = slice(None) if threshold is None else yours["scores"] > threshold
         hold([mine], [{name: values[keep] for name, values in yours.items()}], (*NAMES, "queries"))
-        assert_same(mine["mask_logits"], image[yours["queries"][keep]])
+        assert_same(mine["masks"], image[yours["queries"][keep]].unsqueeze(1) > 0)
     kept = sum(len(image["scores"]) for image in ours)
     assert kept == 180 if threshold is None else kept < 180
 
@@ -132,9 +150,9 @@ def test_nan_takes_no_place_among_the_selected():
     clean = {name: values[:, 3:] for name, values in raw.items()}
     hold(ours, rfdetr(clean, SIZES, 30))
     assert rfdetr(raw, SIZES, 30)[0]["scores"][:21].isnan().all()
-    last = PostProcess(num_select=280)(raw | {"pred_masks": torch.randn(3, 40, 2, 2)}, SIZES)[0]
-    assert last["labels"][-21:].eq(-1).all()
-    assert len(last["mask_logits"]) == 280
+    assert PostProcess(num_select=280)(raw, SIZES)[0]["labels"][-21:].eq(-1).all()
+    masks = PostProcess(num_select=280)(raw | {"pred_masks": torch.randn(3, 40, 2, 2)}, SIZES // 9)[1]
+    assert len(masks["masks"]) == len(masks["labels"]) == 259
 
 
 @pytest.mark.parametrize(
@@ -154,3 +172,9 @@ def test_a_wrong_call_is_one_clear_line(make, kind, pattern):
     with pytest.raises(kind, match=pattern) as error:
         make()
     one_line(error)
+
+
+def test_a_score_equal_to_the_threshold_is_dropped_with_masks():
+    raw = {"pred_logits": torch.zeros(1, 1, 1), "pred_boxes": torch.rand(1, 1, 4), "pred_masks": torch.ones(1, 1, 2, 2)}
+    assert len(PostProcess()(raw, SIZES[1:2], 0.5)[0]["scores"]) == 0
+    assert len(PostProcess()(raw, SIZES[1:2], 0.49)[0]["scores"]) == 1

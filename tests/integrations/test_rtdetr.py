@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from detpost.integrations.rtdetr import COCO_CATEGORY_IDS, RTDETRPostProcessor
+from detpost.purity import check
 from tests.integrations.references import SIZES, outputs, rtdetr
 from tests.mixin import assert_same, one_line
 
@@ -68,6 +69,12 @@ def test_deployed_it_compiles_and_exports_in_one_graph(focal):
         assert_same(compiled(raw, WIDTH_HEIGHT), post(raw, WIDTH_HEIGHT))
     program = torch.export.export(post, (raw, WIDTH_HEIGHT))
     assert_same(program.module()(raw, WIDTH_HEIGHT), post(raw, WIDTH_HEIGHT))
+
+
+def test_it_is_pure_also_with_the_remap():
+    for post in (RTDETRPostProcessor(7).deploy(), RTDETRPostProcessor(7, remap_mscoco_category=True)):
+        report = check(post, outputs(), WIDTH_HEIGHT)
+        assert report.ok, report
 
 
 def test_the_constructor_is_the_originals():

@@ -202,3 +202,11 @@ def test_without_ultralytics_the_message_names_it(monkeypatch):
     with pytest.raises(ImportError, match="patched needs ultralytics: pip install ultralytics") as error:
         patched(SimpleNamespace(postprocess=print)).__enter__()
     one_line(error)
+
+
+def test_a_score_equal_to_the_threshold_is_dropped_there_and_here():
+    row = torch.tensor([[[0.5, 0.5, 0.5, 0.5, 0.25, 0.0]]])
+    for rows in (postprocess, postprocess_selected, references.ultralytics):
+        assert [len(image) for image in rows(row, SHAPES[:1], conf=0.5)] == [0]
+    assert len(postprocess(row, SHAPES[:1], conf=0.25)[0]) == len(references.ultralytics(row, SHAPES[:1])[0]) == 0
+    assert len(postprocess_selected(torch.tensor([[[0.5] * 4 + [0.5, 1.0]]]), SHAPES[:1], conf=0.5)[0]) == 0
