@@ -268,7 +268,11 @@ def _keys(row_ptr, index, stop, classes, background, PRESELECTED: tl.constexpr):
     if PRESELECTED:
         return tl.load(row_ptr + index, mask=inside, other=_PADDING)
     # By bits alone: no flushing of denormals and no liberty with comparisons can change an order of integers.
-    bits = tl.load(row_ptr + index, mask=inside, other=0.0).to(tl.float32).to(tl.int32, bitcast=True)
+    scores = tl.load(row_ptr + index, mask=inside, other=0.0)
+    if row_ptr.dtype.element_ty == tl.bfloat16:  # the upper half of a float32
+        bits = scores.to(tl.int16, bitcast=True).to(tl.int32) << 16
+    else:
+        bits = scores.to(tl.float32).to(tl.int32, bitcast=True)
     magnitude = bits & _MAGNITUDE
     keys = tl.where(bits < 0, -magnitude - 1, bits)
     keys = tl.where(magnitude == 0, 0, keys)
