@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from detpost import boxes as boxes
     from detpost import export as export
+    from detpost import heads as heads
     from detpost import losses as losses
     from detpost import metrics as metrics
+    from detpost import nms as nms
     from detpost import purity as purity
     from detpost.detections import Detections as Detections
     from detpost.pipeline import Detector as Detector
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_MODULES = ("boxes", "export", "losses", "metrics", "purity")
+_MODULES = ("boxes", "export", "heads", "losses", "metrics", "nms", "purity")
 _HOMES = {
     "DecodeSpec": "spec",
     "DetectionPostProcessor": "postprocess",
@@ -40,8 +42,10 @@ __all__ = [
     "Detector",
     "boxes",
     "export",
+    "heads",
     "losses",
     "metrics",
+    "nms",
     "presets",
     "purity",
     "select_top_k",
