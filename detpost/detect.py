@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import shutil
 import stat
+import threading
 import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
@@ -34,7 +36,7 @@ JOURNAL = "detpost-journal.jsonl"
 PICTURES = "pictures"
 # Where Pillow itself refuses: 537 MB as RGB.
 MAX_PIXELS = 178_956_970
-# A batch ends early once its images have this many bytes, and decoding ahead pauses at as many.
+# A batch ends early once its images have this many bytes; decoding ahead pauses at twice as many.
 _BATCH_BYTES = 512 * 1024**2
 
 Progress = Callable[[int, int], None]
@@ -316,37 +318,74 @@ def _read(root: Path, name: str, max_pixels: int) -> _Loaded:
     return _Loaded(name, *identity, None, reason)
 
 
+class _Budget:
+    """Lets images be decoded in order, and only while fewer bytes are held than the limit.
+
+    How large an image is shows only once it is decoded, so as many images as there are threads may go over it.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._held = 0
+        self._next = 0
+        self._changed = threading.Condition()
+        self.closed = False
+
+    def enter(self, number: int) -> None:
+        """Wait for the turn of an image, and for room."""
+        with self._changed:
+            # In order, or later images could fill the room that the one the batch waits for needs.
+            self._changed.wait_for(lambda: self.closed or (self._next == number and self._held < self._limit))
+            self._next = number + 1
+            self._changed.notify_all()
+
+    def hold(self, size: int) -> None:
+        """Count the bytes of an image; negative where it is let go."""
+        with self._changed:
+            self._held = self._held + size
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Let everyone go."""
+        with self._changed:
+            self.closed = True
+            self._changed.notify_all()
+
+
 def _decoded(work: _Work, names: Sequence[str]) -> Generator[list[_Loaded], None, None]:
     """Give batches in order, read ahead by threads; what is held is bounded in images and in bytes.
 
     Where a batch ends depends on the images from its beginning on and on nothing else, so a resumed run cuts the same
     batches as an uninterrupted one.
     """
-    rest = iter(names)
+    rest = iter(enumerate(names))
     waiting: deque[Future[_Loaded]] = deque()
+    budget = _Budget(2 * _BATCH_BYTES)
     pool = ThreadPoolExecutor(work.workers, thread_name_prefix="detpost-read")
+
+    def read(number: int, name: str) -> _Loaded:
+        budget.enter(number)
+        loaded = _read(work.root, name, work.max_pixels)
+        budget.hold(loaded.bytes)
+        return loaded
+
     try:
         batch: list[_Loaded] = []
         while True:
-            while len(waiting) < 2 * work.batch_size + work.workers and _bytes_of(waiting) < _BATCH_BYTES:
-                name = next(rest, None)
-                if name is None:
-                    break
-                waiting.append(pool.submit(_read, work.root, name, work.max_pixels))
-            if not waiting:
-                break
-            batch.append(waiting.popleft().result())
-            if len(batch) == work.batch_size or sum(loaded.bytes for loaded in batch) >= _BATCH_BYTES:
+            ahead = itertools.islice(rest, 2 * work.batch_size + work.workers - len(waiting))
+            waiting.extend(pool.submit(read, number, name) for number, name in ahead)
+            if waiting:
+                batch.append(waiting.popleft().result())
+            size = sum(loaded.bytes for loaded in batch)
+            if batch and (len(batch) == work.batch_size or size >= _BATCH_BYTES or not waiting):
                 yield batch
                 batch = []
-        if batch:
-            yield batch
+                budget.hold(-size)
+            elif not waiting:
+                break
     finally:
+        budget.close()
         pool.shutdown(cancel_futures=True)
-
-
-def _bytes_of(waiting: Iterable[Future[_Loaded]]) -> int:
-    return sum(future.result().bytes for future in waiting if future.done() and not future.exception())
 
 
 def _run(

@@ -51,21 +51,21 @@ def read_image(source: Any, max_pixels: int | None = None) -> Tensor:
     from PIL import Image
 
     if isinstance(source, Image.Image):
-        return _from_pil(source)
+        return _from_array(_pixels(source))
     if isinstance(source, (str, Path)):
-        return _from_file(source, max_pixels)
+        return _from_array(_decode_file(source, max_pixels))
     raise TypeError(f"an image must be a path, a PIL image, a uint8 array or a tensor; got {type(source).__name__}")
 
 
-def _from_file(path: str | Path, max_pixels: int | None) -> Tensor:
-    """Read a file; whatever goes wrong in a decoder is an OSError of one line that names the file."""
+def _decode_file(path: str | Path, max_pixels: int | None) -> np.ndarray[Any, Any]:
+    """Decode a file; whatever goes wrong in a decoder is an OSError of one line that names the file."""
     from PIL import Image, UnidentifiedImageError
 
     try:
         with Image.open(path) as image:
             if max_pixels is not None and image.width * image.height > max_pixels:
                 raise OSError(f"{image.width} x {image.height} pixels are more than {max_pixels}")
-            return _from_pil(image)
+            return _pixels(image)
     except (FileNotFoundError, PermissionError, IsADirectoryError):
         raise
     except UnidentifiedImageError:
@@ -78,7 +78,8 @@ def _from_file(path: str | Path, max_pixels: int | None) -> Tensor:
     raise OSError(f"cannot read image {str(path)!r}: {reason}")
 
 
-def _from_pil(image: Image.Image) -> Tensor:
+def _pixels(image: Image.Image) -> np.ndarray[Any, Any]:
+    """Give the pixels of an image of any mode, (H, W) or (H, W, 3), uint8."""
     from PIL import ImageOps
 
     deep = image.mode in ("I", "F") or image.mode.startswith("I;16")
@@ -88,11 +89,11 @@ def _from_pil(image: Image.Image) -> Tensor:
     if deep:
         # convert("RGB") would clip deep values to 255, a white picture.
         levels = _eight_bits(np.asarray(image), scaled_to_16_bits)
-        return _from_array(255 - levels if white_is_zero else levels)
+        return 255 - levels if white_is_zero else levels
     if image.mode == "La":  # premultiplied grey converts to nothing else
         image = image.convert("LA")
     # The copy gives torch an array it may own: PIL's buffer is read-only.
-    return _from_array(np.array(image.convert("RGB")))
+    return np.array(image.convert("RGB"))
 
 
 def _eight_bits(values: np.ndarray[Any, Any], sixteen_bits: bool) -> np.ndarray[Any, Any]:

@@ -171,6 +171,20 @@ class TestToSupervision:
         pytest.importorskip("supervision")
         assert three_images().to_supervision(0, names).data["class_name"].tolist() == ["c", "a"]
 
+    def test_a_label_is_its_own_name_where_none_are_given(self):
+        pytest.importorskip("supervision")
+        assert three_images().to_supervision(0).data["class_name"].tolist() == ["2", "0"]
+
+    def test_supervision_merges_filters_and_writes_what_it_gets(self):
+        supervision = pytest.importorskip("supervision")
+        images = [three_images().to_supervision(index, ["a", "b", "c"]) for index in range(3)]
+        together = supervision.Detections.merge(images)
+        assert together.data["class_name"].tolist() == ["c", "a", "b"]
+        assert together[together.confidence > 0.3].data["class_name"].tolist() == ["c", "a"]
+        scene = np.zeros((60, 60, 3), np.uint8)
+        written = supervision.LabelAnnotator().annotate(scene.copy(), images[0])
+        assert (written != scene).any()
+
     def test_a_label_without_a_name_is_one_clear_line(self):
         pytest.importorskip("supervision")
         with pytest.raises(ValueError, match="class_names has no entry for label 2; it has 2 entries") as error:

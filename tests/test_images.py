@@ -47,6 +47,109 @@ def test_sixteen_bits_are_scaled_not_clipped(tmp_path):
     assert torch.equal(read_image(tmp_path / "deep.png"), torch.from_numpy(GRADIENT[:, :, 0]).expand(3, 6, 8))
 
 
+@pytest.mark.parametrize(
+    "kind", ["I;16", "I;16B", "I;16 tiff", "I;16B tiff", "I ppm", "I;16 jp2", "white is zero tiff"]
+)
+@pytest.mark.parametrize("top", [255, 3], ids=["bright", "dark"])
+def test_every_sixteen_bit_image_is_divided_by_257(tmp_path, kind, top):
+    tifffile = pytest.importorskip("tifffile")
+    grey = (GRADIENT[:, :, 0] // (255 // top)).astype(np.uint8)
+    deep = grey.astype(np.uint16) * 257
+    if kind.endswith("tiff"):
+        zero = "miniswhite" if kind.startswith("white") else "minisblack"
+        tifffile.imwrite(tmp_path / "x.tif", deep, byteorder=">" if "B" in kind else "<", photometric=zero)
+        source = tmp_path / "x.tif"
+    elif " " in kind:
+        source = tmp_path / f"x.{kind.split()[1]}"
+        Image.fromarray(deep).save(source)
+    else:
+        source = Image.fromarray(deep.astype(">u2" if kind.endswith("B") else "<u2"))
+    expected = 255 - grey if kind.startswith("white") else grey
+    assert torch.equal(read_image(source), torch.from_numpy(expected).expand(3, 6, 8))
+
+
+@pytest.mark.parametrize(
+    ("mode", "values"),
+    [
+        ("uint32", GRADIENT[:, :, 0].astype(np.uint32) * 16843009),
+        ("float 0..1", GRADIENT[:, :, 0].astype(np.float32) / 255),
+        ("float 0..255", GRADIENT[:, :, 0].astype(np.float32)),
+        ("int32 0..255", GRADIENT[:, :, 0].astype(np.int32)),
+        ("float 0..65535", GRADIENT[:, :, 0].astype(np.float32) * 257),
+    ],
+)
+def test_other_deep_images_are_scaled_by_the_range_they_need(tmp_path, mode, values):
+    pytest.importorskip("tifffile").imwrite(tmp_path / "x.tif", values, photometric="minisblack")
+    assert torch.equal(read_image(tmp_path / "x.tif"), torch.from_numpy(GRADIENT[:, :, 0]).expand(3, 6, 8))
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [
+        *("1", "L", "P", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "HSV", "I", "F"),
+        *("LA", "PA", "RGBX", "RGBa", "La", "I;16", "I;16L", "I;16B", "I;16N"),
+    ],
+)
+def test_every_mode_of_pillow_gives_three_planes(mode):
+    assert read_image(Image.new(mode, (5, 4))).shape == (3, 4, 5)
+
+
+def test_cmyk_alpha_and_transparent_palettes_keep_their_colours(tmp_path):
+    red = np.zeros((6, 8, 3), np.uint8) + np.array([250, 10, 20], np.uint8)
+    Image.fromarray(red).convert("CMYK").save(tmp_path / "x.jpg", quality=95)
+    assert Image.open(tmp_path / "x.jpg").mode == "CMYK"
+    assert (read_image(tmp_path / "x.jpg").int() - as_tensor(red).int()).abs().max() <= 3
+    palette = Image.fromarray(red).quantize(4)
+    palette.save(tmp_path / "x.png", transparency=0)
+    assert torch.equal(read_image(tmp_path / "x.png"), as_tensor(red))
+    Image.fromarray(red[:, :, 0]).convert("LA").save(tmp_path / "la.png")
+    assert torch.equal(read_image(tmp_path / "la.png"), torch.full((3, 6, 8), 250, dtype=torch.uint8))
+
+
+def test_of_an_animation_it_is_the_first_frame(tmp_path):
+    frames = [Image.fromarray(np.full((6, 8), value, np.uint8)) for value in (10, 200)]
+    for name in ("x.gif", "x.webp", "x.tif"):
+        frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:])
+        assert (read_image(tmp_path / name).int() - 10).abs().max() <= 2, name
+
+
+def test_exif_orientation_is_applied_to_sixteen_bits_too(tmp_path):
+    deep = Image.fromarray(GRADIENT[:, :, 0].astype(np.uint16) * 257)
+    exif = deep.getexif()
+    exif[0x0112] = 6
+    deep.save(tmp_path / "x.png", exif=exif)
+    turned = torch.from_numpy(np.rot90(GRADIENT[:, :, 0], -1).copy())
+    assert torch.equal(read_image(tmp_path / "x.png"), turned.expand(3, 8, 6))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "pattern"),
+    [
+        ("empty.png", lambda png: b"", "cannot read image '.*empty.png': the file is empty"),
+        ("text.png", lambda png: b"words", "text.png': not an image of a known format"),
+        ("half.png", lambda png: png[: len(png) // 2], "cannot read image '.*half.png': "),
+        ("noise.png", lambda png: png[:50] + b"\0" * 60, "cannot read image '.*noise.png': "),
+    ],
+)
+def test_a_broken_file_is_an_os_error_of_one_line(tmp_path, name, content, pattern):
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 40, 3), np.uint8)).save(buffer, "PNG")
+    (tmp_path / name).write_bytes(content(buffer.getvalue()))
+    with pytest.raises(OSError, match=pattern) as caught:
+        read_image(tmp_path / name)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_image_beyond_the_limit_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
+    Image.new("L", (50, 40)).save(tmp_path / "x.png")
+    assert read_image(tmp_path / "x.png", max_pixels=2000).shape == (3, 40, 50)
+    with pytest.raises(OSError, match=r"x\.png': 50 x 40 pixels are more than 1999"):
+        read_image(tmp_path / "x.png", max_pixels=1999)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)  # Pillow's own error is not even an OSError
+    with pytest.raises(OSError, match=r"cannot read image '.*x\.png': Image size \(2000 pixels\)"):
+        read_image(tmp_path / "x.png")
+
+
 def test_exif_orientation_is_applied():
     image = Image.fromarray(GRADIENT)
     exif = image.getexif()
