@@ -235,19 +235,28 @@ def best_of_row(
     CAPACITY: tl.constexpr,
 ):
     """Give CAPACITY packed keys, descending; the first ``count`` are the best of elements ``first`` to ``stop``."""
-    group = tl.arange(0, GROUPS)
     maxima = tl.full([GROUPS], _PADDING, tl.int32)
     for start in range(first, stop, GROUPS):
-        maxima = tl.maximum(maxima, _keys(row_ptr, start + group, stop, classes, background, PRESELECTED))
+        index = start + tl.arange(0, GROUPS)
+        scores = tl.load(row_ptr + index, mask=index < stop, other=0)
+        maxima = tl.maximum(maxima, _keys(scores, index, stop, classes, background, PRESELECTED))
     threshold = _threshold_of_maxima(maxima, count)
     above, equal = _pack(
         row_ptr, scratch_ptr, first, stop, threshold, count, classes, background, PRESELECTED, BLOCK, CAPACITY
     )
     if above > CAPACITY:
-        # The best stand in few groups, or thousands share a value: bisect over the row itself.
-        threshold = _threshold_of_row(
-            row_ptr, first, stop, threshold, count, classes, background, PRESELECTED, BLOCK, CAPACITY
-        )
+        # The best stand in few groups, or thousands share a value: bisect over the row itself, up to a value that as
+        # many reach as fit, or to the count-th score.
+        high = tl.full([], _CEILING, tl.int32)
+        while threshold + 1 < high:
+            middle = _mean(threshold, high)
+            reaching = tl.zeros([BLOCK], tl.int32)
+            for start in range(first, stop, BLOCK):
+                index = start + tl.arange(0, BLOCK)
+                scores = tl.load(row_ptr + index, mask=index < stop, other=0)
+                keys = _keys(scores, index, stop, classes, background, PRESELECTED)
+                reaching += (keys >= middle).to(tl.int32)
+            threshold, high = _narrowed(threshold, high, middle, tl.sum(reaching, axis=0), count, CAPACITY)
         tl.debug_barrier()  # the first packing must be over before another writes to the same places
         above, equal = _pack(
             row_ptr, scratch_ptr, first, stop, threshold, count, classes, background, PRESELECTED, BLOCK, CAPACITY
@@ -262,14 +271,16 @@ def best_of_row(
 
 
 @jit
-def _keys(row_ptr, index, stop, classes, background, PRESELECTED: tl.constexpr):
-    """Load scores as integers of the same order: zeros equal, then -inf, then NaN, then what is beyond the row."""
-    inside = index < stop
+def _keys(scores, index, stop, classes, background, PRESELECTED: tl.constexpr):
+    """Make scores integers of the same order: zeros equal, then -inf, then NaN, then what is beyond the row.
+
+    Takes what was loaded and no pointer: torch takes whatever goes into a function whose result leads to the address of
+    a store for written to, and Inductor would copy the scores before each call.
+    """
     if PRESELECTED:
-        return tl.load(row_ptr + index, mask=inside, other=_PADDING)
+        return tl.where(index < stop, scores, _PADDING)
     # By bits alone: no flushing of denormals and no liberty with comparisons can change an order of integers.
-    scores = tl.load(row_ptr + index, mask=inside, other=0.0)
-    if row_ptr.dtype.element_ty == tl.bfloat16:  # the upper half of a float32
+    if scores.dtype == tl.bfloat16:  # the upper half of a float32
         bits = scores.to(tl.int16, bitcast=True).to(tl.int32) << 16
     else:
         bits = scores.to(tl.float32).to(tl.int32, bitcast=True)
@@ -279,7 +290,7 @@ def _keys(row_ptr, index, stop, classes, background, PRESELECTED: tl.constexpr):
     keys = tl.where(magnitude > _INFINITY, _NAN_KEY, keys)
     if background >= 0:
         keys = tl.where(index % classes == background, _NAN_KEY, keys)
-    return tl.where(inside, keys, _PADDING)
+    return tl.where(index < stop, keys, _PADDING)
 
 
 @jit
@@ -293,35 +304,16 @@ def _threshold_of_maxima(maxima, count):
     low = tl.full([], _PADDING, tl.int32)
     high = tl.full([], _CEILING, tl.int32)
     while low + 1 < high:
-        middle = (low & high) + ((low ^ high) >> 1)  # the mean, without overflow
+        middle = _mean(low, high)
         reaching = tl.sum((maxima >= middle).to(tl.int32), axis=0)
         low, high = _narrowed(low, high, middle, reaching, count, enough)
     return low
 
 
 @jit
-def _threshold_of_row(
-    row_ptr,
-    first,
-    stop,
-    low,
-    count,
-    classes,
-    background,
-    PRESELECTED: tl.constexpr,
-    BLOCK: tl.constexpr,
-    CAPACITY: tl.constexpr,
-):
-    """Give a value at least ``low`` that ``count`` elements reach and no more than CAPACITY exceed."""
-    high = tl.full([], _CEILING, tl.int32)
-    while low + 1 < high:
-        middle = (low & high) + ((low ^ high) >> 1)
-        reaching = tl.zeros([BLOCK], tl.int32)
-        for start in range(first, stop, BLOCK):
-            keys = _keys(row_ptr, start + tl.arange(0, BLOCK), stop, classes, background, PRESELECTED)
-            reaching += (keys >= middle).to(tl.int32)
-        low, high = _narrowed(low, high, middle, tl.sum(reaching, axis=0), count, CAPACITY)
-    return low
+def _mean(low, high):
+    """Give the mean, rounded down, without overflow."""
+    return (low & high) + ((low ^ high) >> 1)
 
 
 @jit
@@ -359,7 +351,8 @@ def _pack(
     equal_count = tl.full([], 0, tl.int32)
     for start in range(first, stop, BLOCK):
         index = start + tl.arange(0, BLOCK)
-        keys = _keys(row_ptr, index, stop, classes, background, PRESELECTED)
+        scores = tl.load(row_ptr + index, mask=index < stop, other=0)
+        keys = _keys(scores, index, stop, classes, background, PRESELECTED)
         is_above = keys > threshold
         is_equal = (keys == threshold) & (index < stop)
         # One scan for both counts: neither exceeds BLOCK, which is far below 2**15.

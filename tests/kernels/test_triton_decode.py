@@ -19,6 +19,7 @@ from tests.kernels.triton_harness import (
     in_the_ordinary_process,
     on_each_device,
     replayed,
+    written_arguments,
 )
 
 NAN, INF = math.nan, math.inf
@@ -143,6 +144,17 @@ def test_real_sizes_on_a_gpu(batch, classes):
     logits, boxes, sizes = raw(300, classes, batch=batch)
     for spec in (DecodeSpec(), DecodeSpec(selection="per_query"), DecodeSpec.preset("detr", selection="flat")):
         hold(logits, boxes, sizes, spec, "cuda")
+
+
+@in_the_ordinary_process
+def test_one_launch_which_a_compiler_sees_leave_its_inputs_alone(monkeypatch):
+    inputs = [torch.empty(shape, device="meta") for shape in ((2, 300, 80), (2, 300, 4), (2, 2))]
+    written = ["corners_ptr", "out_labels_ptr", "out_queries_ptr", "scores_ptr", "scratch_ptr", "valid_ptr"]
+    for spec, launches in (
+        (DecodeSpec(), [written]),
+        (DecodeSpec.preset("detr"), [["keys_ptr", "labels_ptr"], written]),
+    ):
+        assert written_arguments(lambda *raw, spec=spec: decode(*raw, spec), inputs, monkeypatch) == launches
 
 
 @in_the_ordinary_process

@@ -18,6 +18,7 @@ from tests.kernels.triton_harness import (
     in_the_ordinary_process,
     on_each_device,
     replayed,
+    written_arguments,
 )
 
 NAN, INF = math.nan, math.inf
@@ -88,10 +89,10 @@ def test_plain_and_quantised_rows_on_both_sides_of_every_block_size(width, k, de
 @on_each_device
 def test_the_best_may_stand_in_a_few_groups(device, monkeypatch):
     """Then more lie above the threshold of the groups than fit, and the row itself is bisected."""
-    bisected = []
+    packed = []
     if INTERPRETED:
-        plain = triton_select._threshold_of_row
-        monkeypatch.setattr(triton_select, "_threshold_of_row", lambda *a: (bisected.append(1), plain(*a))[1])
+        plain = triton_select._pack
+        monkeypatch.setattr(triton_select, "_pack", lambda *a: (packed.append(1), plain(*a))[1])
     k = 20
     groups, capacity = block_sizes(k)
     for high in (torch.rand(10), torch.ones(10), torch.full((10,), INF)):
@@ -100,7 +101,7 @@ def test_the_best_may_stand_in_a_few_groups(device, monkeypatch):
             rows[0, group::groups] = high + group % 2
         assert int((rows >= 0).sum()) > capacity
         hold(rows, k, device)
-    assert len(bisected) == (3 if INTERPRETED else 0)
+    assert len(packed) == (2 * 3 if INTERPRETED else 0)
 
 
 @on_each_device
@@ -169,6 +170,15 @@ def test_large_k_and_long_rows_on_a_gpu():
     for batch, width, k in [(1, 360900, 300), (8, 360900, 1024), (3, 5000, 1000), (1, 1000, 1000)]:
         for dtype in DTYPES:
             hold(torch.randn(batch, width).to(dtype), k, "cuda")
+
+
+@in_the_ordinary_process
+def test_a_compiler_sees_that_the_scores_are_left_alone(monkeypatch):
+    last = ["out_ptr", "scratch_ptr"]
+    short = written_arguments(lambda rows: select(rows, 20), [torch.empty(2, 3000, device="meta")], monkeypatch)
+    assert short == [last]
+    long = written_arguments(lambda rows: select(rows, 20), [torch.empty(2, 50000, device="meta")], monkeypatch)
+    assert long == [["keys_out_ptr", *last], last]
 
 
 @in_the_ordinary_process

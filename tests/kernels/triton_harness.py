@@ -63,6 +63,29 @@ def assert_compiles(kernel, types: list[str], constants: dict[str, int], warps: 
     assert len(compiled.asm["cubin"]) > 0
 
 
+def written_arguments(function, inputs, monkeypatch) -> list[list[str]]:
+    """Trace a call on fake CUDA tensors, as a compiler does, and give which arguments each kernel is seen to write to.
+
+    A compiler copies what a kernel writes to and the caller still holds: an input in these lists costs a copy.
+    """
+    triton = pytest.importorskip("triton")
+    from torch._subclasses import FakeTensorMode
+    from torch._subclasses.functional_tensor import dispatch_functionalize
+    from torch.fx.experimental.proxy_tensor import make_fx
+    from triton.backends.compiler import GPUTarget
+
+    class Driver:
+        def get_current_target(self):
+            return GPUTarget("cuda", 90, 32)
+
+    monkeypatch.setattr(triton.runtime.driver, "_active", Driver())
+    with FakeTensorMode():
+        fakes = [torch.empty(value.shape, dtype=value.dtype, device="cuda") for value in inputs]
+        graph = make_fx(dispatch_functionalize(function))(*fakes).graph
+    kernels = [node for node in graph.nodes if "triton_kernel_wrapper" in str(node.target)]
+    return [sorted(node.kwargs["tensors_to_clone"]) for node in kernels]
+
+
 def compiled_whole(function):
     """Compile without graph breaks; Inductor on a GPU, where it sees through the operator."""
     torch._dynamo.reset()
