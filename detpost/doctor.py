@@ -56,6 +56,7 @@ def examine() -> list[Part]:
         *(_package(name) for name in _CORE),
         _cuda(),
         _compiler(),
+        *_kernels(),
         *(_optional(name, extra, purpose) for name, (extra, purpose) in _OPTIONAL.items()),
     ]
 
@@ -87,3 +88,23 @@ def _compiler() -> Part:
     if found is None:
         return Part("C++ compiler", False, "none on PATH: torch.compile's Inductor backend needs one on a CPU")
     return Part("C++ compiler", True, f"{found} (torch.compile's Inductor backend)")
+
+
+def _kernels() -> list[Part]:
+    from detpost import kernels
+    from detpost.kernels import native
+
+    reason = kernels.native_is_missing()
+    built = "AVX2" if native.uses_avx2() else "baseline instructions"
+    parts = [
+        Part("C++ kernels", True, f"built, {built}")
+        if reason is None
+        else Part("C++ kernels", False, f"{reason}; NumPy decodes and PyTorch computes the losses meanwhile")
+    ]
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    try:
+        serving = ", ".join(f"{device}: {kernels.kind_for(device)}" for device in devices)
+    except (RuntimeError, ValueError) as error:
+        return [*parts, Part("kernels in use", False, str(error))]
+    forced = os.environ.get("DETPOST_KERNEL")
+    return [*parts, Part("kernels in use", True, serving + (f" (DETPOST_KERNEL={forced})" if forced else ""))]

@@ -15,6 +15,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from detpost import kernels
+
 __all__ = ["best_class", "select_top_k"]
 
 _INT32_MIN = -(2**31)
@@ -56,6 +58,9 @@ def select_top_k(scores: Tensor, k: int) -> Tensor:
     rows = scores.detach()
     if torch.onnx.is_in_onnx_export():
         return select_portable(rows, k)
+    found = kernels.select(rows, k)
+    if found is not None:
+        return found
     if rows.dtype == torch.float64:
         return select_stable_sort(rows, k)
     return select_packed(rows, k)

@@ -95,7 +95,9 @@ def _scripted_group_maxima() -> Callable[[Tensor, int], tuple[Tensor, Tensor]]:
             result = greatest, torch.zeros_like(greatest)
         return result[0], result[1] > 0
 
-    return torch.jit.script(maxima)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecated, like the exporter that reads it
+        return torch.jit.script(maxima)
 
 
 class _WithIo(nn.Module):

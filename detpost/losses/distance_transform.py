@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from detpost import kernels
+from detpost.kernels import native
 from detpost.losses._arguments import exporting, spacing_per_axis
 
 # Elements that one step of the minimum works on when a CPU runs it eagerly: they and their sums stay in its cache.
@@ -76,12 +78,35 @@ def squared_distance(inside: Tensor, spacing: tuple[float, ...]) -> tuple[Tensor
     """
     unit = max(spacing)
     steps = [length / unit for length in spacing]
+    if kernels.for_losses(inside) == "native":
+        return native.squared_distance(inside, steps), unit
     sides = inside.shape[2:]
     squared = (_distance_along_last_axis(inside) * steps[-1]).square()
     for axis in range(len(sides) - 2, -1, -1):
         rows = squared.reshape(-1, sides[axis], sides[axis + 1 :].numel())  # (fields, L, lanes)
         squared = _lower_envelope(rows, steps[axis])
     return squared.reshape(inside.shape), unit
+
+
+def boundary_distance(field: Tensor, spacing: tuple[float, ...]) -> tuple[Tensor, float]:
+    """Squared distance to the nearest element on the other side of 0.5, in the returned unit; 0 where there is none.
+
+    Args:
+        field: (B, C, *spatial), floating.
+        spacing: one length per spatial axis.
+
+    Returns:
+        (B, C, *spatial) float32, and the unit, as :func:`squared_distance` has it.
+    """
+    if kernels.for_losses(field) == "native":
+        unit = max(spacing)
+        values = field if field.dtype == torch.float32 else (field > 0.5).to(torch.float32)
+        return native.boundary_distance(values, [length / unit for length in spacing]), unit
+    inside = field > 0.5
+    within, unit = squared_distance(inside, spacing)
+    beyond, _ = squared_distance(~inside, spacing)
+    # One of the two is 0 at each element, or infinite throughout when the mask is empty or full.
+    return torch.nan_to_num(within + beyond, posinf=0.0), unit
 
 
 def _distance_along_last_axis(inside: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from detpost.losses._arguments import check_floating, check_reduction, class_numbers, spacing_per_axis
-from detpost.losses.distance_transform import squared_distance
+from detpost.losses.distance_transform import boundary_distance
 
 
 def hausdorff_dt_loss(
@@ -267,11 +267,7 @@ def _without_background(values: Tensor, truth: Tensor, include_background: bool)
 
 def _boundary_distance(field: Tensor, spacing: tuple[float, ...], alpha: float) -> Tensor:
     """Distance to the other side of the boundary of ``field > 0.5``, to the power alpha; 0 where there is none."""
-    inside = field > 0.5
-    within, unit = squared_distance(inside, spacing)
-    beyond, _ = squared_distance(~inside, spacing)
-    # One of the two is 0 at each element, or infinite throughout when the mask is empty or full.
-    squared = torch.nan_to_num(within + beyond, posinf=0.0)
+    squared, unit = boundary_distance(field, spacing)
     power: Tensor = squared if alpha == 2 else squared.pow(alpha / 2)
     return power if unit == 1 else power * unit**alpha
 

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from detpost import kernels
+from detpost.kernels import native
 from detpost.losses._arguments import check_floating, check_reduction, class_numbers, exporting
 
 # 1/5 and 1/7 rounded to float32, in every dtype: kornia builds its stencil in float32 and widens it, and float64 values
@@ -151,10 +153,13 @@ def _hausdorff_er(pred: Tensor, target: Tensor, alpha: float, k: int, reduction:
     values = pred if pred.dtype in (torch.float32, torch.float64) else pred.float()
     weights = [float(i + 1) ** alpha for i in range(k)]
     keep_field = reduction == "none"
-    # Exporters read plain operators and no autograd function; its forward is the same call.
-    erode = _erode if exporting() else _Erosion.apply
     classes = class_numbers(target, pred.shape[1])
-    total = erode(values, target, classes, weights, axes, keep_field)[0]  # (B, C, *spatial) or (B, C, 1, ...)
+    if kernels.for_losses(values) == "native":
+        total = _NativeErosion.apply(values, target, classes, weights, axes, keep_field)[0]
+    else:
+        # Exporters read plain operators and no autograd function; its forward is the same call.
+        erode = _erode if exporting() else _Erosion.apply
+        total = erode(values, target, classes, weights, axes, keep_field)[0]  # (B, C, *spatial) or (B, C, 1, ...)
     if keep_field:
         return total.transpose(0, 1).unsqueeze(2)
     return total.sum() if reduction == "sum" else total.sum() / values.numel()
@@ -258,6 +263,51 @@ class _Erosion(torch.autograd.Function):
         # Where ranges of one rounding step follow each other the slopes can leave float32: finite all the same. But a
         # gradient or a prediction that came in as NaN or inf (a scaled loss that overflowed) must be seen going out.
         poison = (grads[0].sum() + saved[0].sum()) * 0
+        return torch.nan_to_num(gradient) + poison, None, None, None, None, None
+
+
+class _NativeErosion(torch.autograd.Function):
+    """:func:`_erode` in C++, which goes back through each field right after it, while its erosions are in the cache.
+
+    For a sum over the field, whose gradient is one number times a field, that field is all that is saved. For the field
+    itself the gradient depends on what comes back, and the erosions are computed again then.
+    """
+
+    @staticmethod
+    def forward(
+        pred: Tensor, target: Tensor, classes: Tensor, weights: Sequence[float], axes: int, keep_field: bool
+    ) -> tuple[Tensor, ...]:
+        ids = target.to(torch.int64) + 0 * classes[0]  # the check of the ids is a part of the graph through `classes`
+        want_gradient = not keep_field
+        stencil = _STENCIL_WEIGHT[axes]
+        sums, field, unit = native.erosion(pred, ids, weights, stencil, axes, None, keep_field, want_gradient)
+        return field if keep_field else sums.reshape(*sums.shape, *[1] * axes), unit, ids
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pred, _, classes, ctx.weights, ctx.axes, ctx.keep_field = inputs
+        total, unit, ids = output
+        ctx.mark_non_differentiable(unit, ids)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(pred, ids, classes, total, unit)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None, None, None, None]:
+        if grads[0] is None:
+            return None, None, None, None, None, None
+        pred, ids, classes, total, unit = ctx.saved_tensors
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            # A gradient of the gradient is wanted: the plain form has one.
+            again = _Erosion.apply(pred, ids, classes, ctx.weights, ctx.axes, ctx.keep_field)[0]
+            (gradient,) = torch.autograd.grad(again, pred, grads[0], create_graph=True)
+            return gradient, None, None, None, None, None
+        if ctx.keep_field:
+            stencil = _STENCIL_WEIGHT[ctx.axes]
+            found = native.erosion(pred, ids, ctx.weights, stencil, ctx.axes, grads[0], False, True)
+            gradient = found[2]
+        else:
+            gradient = unit * grads[0]
+        poison = (grads[0].sum() + total.sum()) * 0  # as in the plain form
         return torch.nan_to_num(gradient) + poison, None, None, None, None, None
 
 

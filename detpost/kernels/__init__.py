@@ -1,0 +1,183 @@
+"""What is written for speed, and the choice between its forms.
+
+Every form gives what the plain PyTorch form gives: the same indices to the bit, the same losses and gradients to 1e-5.
+The environment variable ``DETPOST_KERNEL`` forces one:
+
+- ``native``: the C++ kernels, on the CPU. The default there, where they were built.
+- ``numpy``: NumPy, for the decode on the CPU. The default there otherwise.
+- ``triton``: the Triton kernels. The default on CUDA; on the CPU under ``TRITON_INTERPRET=1`` alone, for tests.
+- ``aten``: PyTorch's own operators, everywhere.
+
+Whatever a form does not take (float64, gradients through the decode, another device) goes the plain way, and so does
+everything that is exported.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from detpost.detections import Detections
+from detpost.spec import DecodeSpec
+
+__all__ = ["KERNELS", "decode", "for_losses", "kind_for", "native_is_missing", "select"]
+
+KERNELS = ("native", "numpy", "triton", "aten")
+_VARIABLE = "DETPOST_KERNEL"
+_INT32_MAX = 2**31 - 1
+
+
+def native_is_missing() -> str | None:
+    """Say why the C++ kernels cannot be used; ``None`` where they can."""
+    from detpost.kernels import native
+
+    return native.missing()
+
+
+def kind_for(device: str) -> str:
+    """Give the form that serves a type of device.
+
+    Args:
+        device: ``"cpu"``, ``"cuda"`` or another type of device.
+
+    Returns:
+        One of ``KERNELS``.
+
+    Raises:
+        ValueError: ``DETPOST_KERNEL`` holds something else.
+        RuntimeError: the form that it forces is not there.
+    """
+    return _kind_for(os.environ.get(_VARIABLE, ""), device)
+
+
+@functools.cache
+def _kind_for(forced: str, device: str) -> str:
+    if forced and forced not in KERNELS:
+        raise ValueError(f"{_VARIABLE} must be one of {', '.join(KERNELS)}; got {forced!r}")
+    if forced == "native" and (reason := native_is_missing()) is not None:
+        raise RuntimeError(f"{_VARIABLE}=native, but detpost's C++ kernels are {reason}")
+    if forced == "triton" and importlib.util.find_spec("triton") is None:
+        raise RuntimeError(f"{_VARIABLE}=triton, but Triton is not installed: pip install triton")
+    if device == "cpu":
+        if forced == "triton":
+            return "triton" if os.environ.get("TRITON_INTERPRET") == "1" else "aten"
+        return forced or ("native" if native_is_missing() is None else "numpy")
+    if device == "cuda" and forced in ("", "triton"):
+        return "triton" if importlib.util.find_spec("triton") is not None else "aten"
+    return "aten"
+
+
+@torch.compiler.assume_constant_result
+def _constant_kind_for(device: str) -> str:
+    return kind_for(device)
+
+
+def _kind() -> Any:
+    # Dynamo looks once, and asks no questions of the environment and the file system.
+    return _constant_kind_for if torch.compiler.is_compiling() else kind_for
+
+
+def _writes_a_graph() -> bool:
+    """Whether a graph is being recorded for another runtime, which has plain operators only."""
+    return torch.jit.is_tracing() or torch.compiler.is_exporting()  # ONNX export goes through one of them
+
+
+def _is_transformed() -> bool:
+    """Whether a functorch transform (vmap, grad) is active: it looks into plain operators only."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def _is_observed(*tensors: Tensor | None) -> bool:
+    """Whether someone watches the operators that run: a tracer, a checker, a tensor of another kind."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or any(value is not None and type(value) is not Tensor for value in tensors)
+    )
+
+
+def _triton(part: str) -> ModuleType:
+    import importlib
+
+    return importlib.import_module(f"detpost.kernels.triton_{part}")
+
+
+def select(scores: Tensor, k: int) -> Tensor | None:
+    """Select by the form that serves the scores' device.
+
+    Args:
+        scores: (B, N), floating.
+        k: how many to keep, at least 1.
+
+    Returns:
+        (B, min(k, N)), int64, or ``None`` where the plain form has to.
+    """
+    if scores.dtype == torch.float64 or _writes_a_graph() or _is_transformed():
+        return None
+    kind = _kind()(scores.device.type)
+    if kind == "native":
+        from detpost.kernels import native
+
+        return native.select(scores, k) if native.takes_scores(scores.dtype) else None
+    if kind == "numpy" and not _is_observed(scores):
+        from detpost.kernels import numpy_decode
+
+        return numpy_decode.select(scores, k) if numpy_decode.takes_scores(scores.dtype) else None
+    if kind == "triton":
+        by_triton = _triton("select")
+        return by_triton.select(scores, k) if by_triton.supported(scores, k) else None
+    return None
+
+
+def decode(logits: Tensor, boxes: Tensor, image_sizes: Tensor | None, spec: DecodeSpec) -> Detections | None:
+    """Decode in one step, where no gradient is wanted and a form takes what came.
+
+    Args:
+        logits: (B, Q, C), floating, checked.
+        boxes: (B, Q, 4), floating, checked.
+        image_sizes: (B, 2), checked, or ``None``.
+        spec: what the decode does.
+
+    Returns:
+        The detections, or ``None`` where the plain form has to.
+    """
+    if spec.activation != "sigmoid" or spec.selection != "flat" or spec.top_k > _INT32_MAX:
+        return None
+    if logits.dtype == torch.float64 or boxes.dtype == torch.float64:
+        return None
+    if torch.is_grad_enabled() and (logits.requires_grad or boxes.requires_grad):
+        return None
+    if _writes_a_graph() or _is_transformed():
+        return None
+    kind = _kind()(logits.device.type)
+    if kind == "native":
+        from detpost.kernels import native
+
+        if not native.takes_scores(logits.dtype):
+            return None
+        run = native.decode_as_operator if _is_observed(logits, boxes, image_sizes) else native.decode
+        return run(logits, boxes, image_sizes, spec)
+    if kind == "numpy" and not _is_observed(logits, boxes, image_sizes):
+        from detpost.kernels import numpy_decode
+
+        takes = numpy_decode.takes_spec(spec) and numpy_decode.takes_scores(logits.dtype)
+        return numpy_decode.decode(logits, boxes, image_sizes, spec) if takes else None
+    if kind == "triton":
+        by_triton = _triton("decode")
+        takes = by_triton.supported(logits, boxes, image_sizes, spec)
+        return by_triton.decode(logits, boxes, image_sizes, spec) if takes else None
+    return None
+
+
+def for_losses(values: Tensor) -> str:
+    """Give the form of the losses and the distance transform for a tensor: ``native``, ``triton`` or ``aten``."""
+    if values.dtype == torch.float64 or _writes_a_graph() or _is_transformed():
+        return "aten"
+    kind: str = _kind()(values.device.type)
+    return kind if kind in ("native", "triton") else "aten"

@@ -1,0 +1,1249 @@
+// What detpost computes on a CPU, in C++: exact selection, the decode, the erosion loss and the distance transform.
+//
+// A plain C interface, reached through ctypes (native.py): no Python or PyTorch headers, so one build serves every
+// version of both. The kernels are compiled twice on x86-64, for the baseline and for AVX2 with FMA, and the processor
+// that runs them decides; elsewhere once, for the architecture's baseline (NEON on arm64). To that end this file
+// includes itself. Inside the kernels no template of the standard library is used: its instantiations are shared between
+// the two, and the linker might keep the one that the processor cannot run.
+
+#ifndef DETPOST_KERNELS
+
+#include <atomic>
+#include <cmath>
+#include <condition_variable>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#if !defined(_WIN32)
+#include <unistd.h>
+#endif
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#define DETPOST_HAS_V3 1
+#include <immintrin.h>
+#endif
+
+namespace {
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+enum DType : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
+enum SizeType : int { kNoSizes = 0, kSizesFloat32 = 1, kSizesInt32 = 2, kSizesInt64 = 3 };
+enum BoxFormat : int { kCxcywh = 0, kXyxy = 1, kXywh = 2 };
+
+// Memory that a thread keeps between calls, in slots so that its parts never move each other.
+class Scratch {
+ public:
+  template <typename T>
+  T* take(int slot, size_t count) {
+    const size_t bytes = count * sizeof(T) + 64;
+    if (size_[slot] < bytes) {
+      std::free(memory_[slot]);
+      memory_[slot] = std::malloc(bytes);
+      size_[slot] = memory_[slot] ? bytes : 0;
+      if (!memory_[slot]) std::abort();  // nothing sensible is left to do, as with any allocation of this size
+    }
+    return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(memory_[slot]) + 63) & ~uintptr_t(63));
+  }
+  // Gives back what is beyond `bytes`: a large volume must not stay allocated after its loss is computed.
+  void trim(size_t bytes) {
+    for (int slot = 0; slot < kSlots; ++slot) {
+      if (size_[slot] <= bytes) continue;
+      std::free(memory_[slot]);
+      memory_[slot] = nullptr;
+      size_[slot] = 0;
+    }
+  }
+  ~Scratch() { trim(0); }
+
+ private:
+  static constexpr int kSlots = 8;
+  void* memory_[kSlots] = {};
+  size_t size_[kSlots] = {};
+};
+
+thread_local Scratch scratch;
+
+// A job: `run(data, index)` for every index below `count`.
+struct Job {
+  void (*run)(const void* data, int64_t index);
+  const void* data;
+  int64_t count;
+};
+
+// Threads that wait for work, made once per process. One job at a time: a caller that finds the pool busy (another
+// Python thread is inside) does its work alone instead of waiting.
+class Pool {
+ public:
+  explicit Pool(int workers) {
+    for (int i = 0; i < workers; ++i) std::thread([this, i] { work(i); }).detach();
+  }
+
+  bool try_run(const Job& job, int helpers) {
+    if (!busy_.try_lock()) return false;
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      job_ = job;
+      next_.store(0, std::memory_order_relaxed);
+      helpers_ = helpers;
+      active_ = helpers;
+      ++generation_;
+    }
+    wake_.notify_all();
+    drain(job);
+    {
+      std::unique_lock<std::mutex> lock(mutex_);
+      done_.wait(lock, [this] { return active_ == 0; });
+    }
+    busy_.unlock();
+    return true;
+  }
+
+ private:
+  void drain(const Job& job) {
+    for (int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < job.count;) job.run(job.data, i);
+  }
+
+  void work(int number) {
+    uint64_t seen = 0;
+    for (;;) {
+      Job job;
+      {
+        std::unique_lock<std::mutex> lock(mutex_);
+        wake_.wait(lock, [&] { return generation_ != seen; });
+        seen = generation_;
+        if (number >= helpers_) continue;
+        job = job_;
+      }
+      drain(job);
+      std::lock_guard<std::mutex> lock(mutex_);
+      if (--active_ == 0) done_.notify_one();
+    }
+  }
+
+  std::mutex busy_, mutex_;
+  std::condition_variable wake_, done_;
+  Job job_{};
+  std::atomic<int64_t> next_{0};
+  int helpers_ = 0, active_ = 0;
+  uint64_t generation_ = 0;
+};
+
+constexpr int kMostThreads = 64;
+
+// The pool of this process. A forked child inherits the memory of its parent's pool but none of its threads, so it
+// makes its own; both are left to the end of the process, when joining threads would be too late.
+Pool& pool() {
+  static std::mutex mutex;
+  static Pool* current = nullptr;
+  static long owner = -1;
+#if defined(_WIN32)
+  const long process = 0;
+#else
+  const long process = static_cast<long>(getpid());
+#endif
+  std::lock_guard<std::mutex> lock(mutex);
+  if (owner != process) {
+    int count = static_cast<int>(std::thread::hardware_concurrency()) - 1;
+    current = new Pool(count < 0 ? 0 : count >= kMostThreads ? kMostThreads - 1 : count);
+    owner = process;
+  }
+  return *current;
+}
+
+void parallel(const Job& job, int threads) {
+  const int available = static_cast<int>(std::thread::hardware_concurrency());
+  int64_t helpers = threads < available ? threads : available;
+  helpers = (helpers < job.count ? helpers : job.count) - 1;
+  if (helpers > kMostThreads - 1) helpers = kMostThreads - 1;
+  if (helpers > 0 && pool().try_run(job, static_cast<int>(helpers))) return;
+  for (int64_t i = 0; i < job.count; ++i) job.run(job.data, i);
+}
+
+struct SelectArguments {
+  const void* scores;  // (batch, width), contiguous
+  int dtype;
+  int64_t width, kept;
+  int64_t* indices;  // (batch, kept)
+};
+
+struct DecodeArguments {
+  const void* logits;  // (batch, queries, classes), contiguous
+  int dtype;
+  int64_t queries, classes, kept, background;  // background: a channel, or -1
+  const float* boxes;                          // (batch, queries, 4), contiguous
+  const void* sizes;                           // (batch, 2), (height, width)
+  int size_type, box_format, clip, has_threshold;
+  float threshold;
+  float* out_scores;
+  int64_t* out_labels;
+  float* out_boxes;
+  int64_t* out_queries;
+  uint8_t* out_valid;
+};
+
+struct ErosionArguments {
+  const float* pred;       // (batch, classes, depth, height, width), contiguous
+  const int64_t* target;   // (batch, depth, height, width)
+  int64_t classes, depth, height, width;  // depth 1 and `axes` 2 for images
+  int axes;
+  float stencil_weight;
+  const double* weights;  // (steps)
+  int steps;
+  double* totals;        // (batch * classes): weighted sum over each field; or null
+  float* field;          // as pred: the weighted sum of the erosions; or null
+  const float* cotangent;  // as pred: gradient of `field`; or null for all ones
+  float* gradient;         // as pred; or null
+};
+
+struct DistanceArguments {
+  const void* values;  // (fields, depth, height, width): bytes, or float32 that are inside above 0.5
+  int64_t depth, height, width;
+  float steps[3];  // along depth, height, width
+  int both_sides;  // distance to the other side from either, 0 where there is none
+  float* out;      // squared distances
+};
+
+// For each mask of 8 lanes, the numbers of its set lanes, lowest first.
+struct LaneTable {
+  uint8_t lanes[256][8] = {};
+  constexpr LaneTable() {
+    for (int mask = 0; mask < 256; ++mask) {
+      for (int lane = 0, count = 0; lane < 8; ++lane) {
+        if (mask >> lane & 1) lanes[mask][count++] = static_cast<uint8_t>(lane);
+      }
+    }
+  }
+};
+[[maybe_unused]] constexpr LaneTable kLaneTable;
+
+constexpr int64_t kRowsPerTask = 32;
+constexpr int64_t kTile = 16;  // neighbouring lines that are worked on together
+
+struct RowsPerTask {
+  DistanceArguments of;
+  int64_t rows;
+};
+
+// Lines along one axis: `out` as (outer, length, lanes), tiles of kTile neighbouring lines.
+struct LinesPerTask {
+  float* out;
+  int64_t length, lanes;
+  float step;
+  int64_t tiles() const { return (lanes + kTile - 1) / kTile; }
+};
+
+}  // namespace
+
+#define DETPOST_KERNELS
+#define DETPOST_FMA 0
+#define DETPOST_REGISTER 16  // bytes
+namespace baseline {
+#include "native.cpp"
+}
+#undef DETPOST_FMA
+#undef DETPOST_REGISTER
+
+#if defined(DETPOST_HAS_V3)
+#define DETPOST_FMA 1
+#define DETPOST_REGISTER 32
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+#endif
+namespace v3 {
+#include "native.cpp"
+}
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#undef DETPOST_FMA
+#undef DETPOST_REGISTER
+#endif
+
+namespace {
+
+bool use_v3() {
+#if defined(DETPOST_HAS_V3)
+  static const bool found = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                            std::getenv("DETPOST_NATIVE_BASELINE") == nullptr;
+  return found;
+#else
+  return false;
+#endif
+}
+
+template <typename T>
+void start(void (*plain)(const void*, int64_t), void (*wide)(const void*, int64_t), const T& arguments, int64_t count,
+           int threads) {
+  parallel(Job{use_v3() ? wide : plain, &arguments, count}, threads);
+}
+
+}  // namespace
+
+#if defined(DETPOST_HAS_V3)
+#define DETPOST_BOTH(name) baseline::name, v3::name
+#else
+#define DETPOST_BOTH(name) baseline::name, baseline::name
+#endif
+
+#if defined(_WIN32)
+#define DETPOST_EXPORT extern "C" __declspec(dllexport)
+#else
+#define DETPOST_EXPORT extern "C" __attribute__((visibility("default")))
+#endif
+
+// Raised with every change of a signature below: native.py refuses another number.
+DETPOST_EXPORT int detpost_interface() { return 1; }
+
+DETPOST_EXPORT int detpost_uses_avx2() { return use_v3() ? 1 : 0; }
+
+DETPOST_EXPORT void detpost_select(const void* scores, int dtype, int64_t batch, int64_t width, int64_t kept,
+                                   int64_t* indices, int threads) {
+  const SelectArguments arguments{scores, dtype, width, kept, indices};
+  start(DETPOST_BOTH(select_row), arguments, batch, batch * width < (1 << 16) ? 1 : threads);
+}
+
+DETPOST_EXPORT void detpost_decode(const void* logits, int dtype, int64_t batch, int64_t queries, int64_t classes,
+                                   int64_t kept, int64_t background, const float* boxes, const void* sizes,
+                                   int size_type, int box_format, int clip, int has_threshold, float threshold,
+                                   float* out_scores, int64_t* out_labels, float* out_boxes, int64_t* out_queries,
+                                   uint8_t* out_valid, int threads) {
+  const DecodeArguments arguments{logits,     dtype,      queries,       classes,    kept,      background,
+                                  boxes,      sizes,      size_type,     box_format, clip,      has_threshold,
+                                  threshold,  out_scores, out_labels,    out_boxes,  out_queries, out_valid};
+  start(DETPOST_BOTH(decode_image), arguments, batch, batch * queries * classes < (1 << 16) ? 1 : threads);
+}
+
+DETPOST_EXPORT void detpost_erosion(const float* pred, const int64_t* target, int64_t batch, int64_t classes,
+                                    int64_t depth, int64_t height, int64_t width, int axes, float stencil_weight,
+                                    const double* weights, int steps, double* totals, float* field,
+                                    const float* cotangent, float* gradient, int threads) {
+  const ErosionArguments arguments{pred, target, classes, depth,  height, width,     axes,    stencil_weight,
+                                   weights, steps, totals,  field, cotangent, gradient};
+  start(DETPOST_BOTH(erode_field), arguments, batch * classes, threads);
+}
+
+DETPOST_EXPORT void detpost_distance(const void* values, int64_t fields, int64_t depth, int64_t height, int64_t width,
+                                     float step_depth, float step_height, float step_width, int both_sides, float* out,
+                                     int threads) {
+  const DistanceArguments arguments{values, depth, height, width, {step_depth, step_height, step_width}, both_sides,
+                                    out};
+  const int64_t rows = fields * depth * height;
+  if (rows * width < (1 << 14)) threads = 1;
+  const RowsPerTask per_row{arguments, rows};
+  start(DETPOST_BOTH(distance_rows), per_row, (rows + kRowsPerTask - 1) / kRowsPerTask, threads);
+  const LinesPerTask columns{out, height, width, step_height};
+  start(DETPOST_BOTH(distance_lines), columns, fields * depth * columns.tiles(), threads);
+  if (depth > 1) {
+    const LinesPerTask slices{out, depth, height * width, step_depth};
+    start(DETPOST_BOTH(distance_lines), slices, fields * slices.tiles(), threads);
+  }
+  const RowsPerTask finish{arguments, rows};
+  if (both_sides) start(DETPOST_BOTH(distance_finish), finish, (rows + kRowsPerTask - 1) / kRowsPerTask, threads);
+}
+
+#else  // the kernels, once per instruction set
+
+#define DETPOST_INLINE static inline __attribute__((always_inline))
+
+typedef float Floats __attribute__((vector_size(DETPOST_REGISTER)));
+typedef int32_t Ints __attribute__((vector_size(DETPOST_REGISTER)));
+
+constexpr int64_t kLanes = DETPOST_REGISTER / 4;
+
+DETPOST_INLINE void load(Floats& to, const float* from) { std::memcpy(&to, from, sizeof to); }
+DETPOST_INLINE void store(float* to, const Floats& from) { std::memcpy(to, &from, sizeof from); }
+DETPOST_INLINE void fill(Floats& to, float value) { to = value - (Floats){}; }
+
+DETPOST_INLINE float greatest_lane(const Floats& values) {
+  float best = values[0];
+  for (int lane = 1; lane < kLanes; ++lane) best = values[lane] > best ? values[lane] : best;
+  return best;
+}
+
+DETPOST_INLINE bool any_lane(const Ints& mask) {
+#if DETPOST_FMA
+  return _mm256_movemask_ps(reinterpret_cast<__m256>(mask)) != 0;
+#endif
+  int32_t found = 0;
+  for (int lane = 0; lane < kLanes; ++lane) found |= mask[lane];
+  return found != 0;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Selection
+// ---------------------------------------------------------------------------------------------------------------------
+
+// An ascending integer order over the floats that a descending one over the scores follows. Zeros are one number.
+DETPOST_INLINE uint32_t descending_key(float value) {
+  value = value == 0.0f ? 0.0f : value;
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  const uint32_t ordered = bits ^ ((bits >> 31) ? 0xFFFFFFFFu : 0x80000000u);
+  return value != value ? 0xFFFFFFFFu : ~ordered;
+}
+
+DETPOST_INLINE float value_of_key(uint32_t key) {
+  const uint32_t ordered = ~key;
+  const uint32_t bits = ordered ^ ((ordered >> 31) ? 0x80000000u : 0xFFFFFFFFu);
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+// The least key such that `wanted` of the `count` keys are no greater, or, if `slack` allows, one somewhat above it with
+// at most `slack` further keys below. Radix selection, from the highest bits down. 1 <= wanted <= count.
+static uint32_t select_key(const uint32_t* keys, int64_t count, int64_t wanted, int64_t slack) {
+  static const int kShifts[3] = {21, 10, 0};
+  static const int kBits[3] = {11, 11, 10};
+  uint32_t prefix = 0;
+  int64_t below = 0;  // keys under the prefix's range
+  for (int pass = 0; pass < 3; ++pass) {
+    uint32_t histogram[2048] = {};
+    const int shift = kShifts[pass], bits = kBits[pass];
+    const uint32_t mask = (1u << bits) - 1;
+    for (int64_t i = 0; i < count; ++i) {
+      const bool inside = pass == 0 || (keys[i] >> (shift + bits)) == (prefix >> (shift + bits));
+      histogram[(keys[i] >> shift) & mask] += inside;
+    }
+    uint32_t bin = 0;
+    while (below + histogram[bin] < wanted) below += histogram[bin++];
+    prefix |= bin << shift;
+    if (below + histogram[bin] <= wanted + slack) return prefix | ((1u << shift) - 1);
+  }
+  return prefix;
+}
+
+// Stable ascending radix sort of (key, index) pairs; the result is in the first pair of arrays.
+static void sort_pairs(uint32_t* keys, uint32_t* indices, uint32_t* other_keys, uint32_t* other_indices,
+                       int64_t count) {
+  uint32_t starts[4][256] = {};
+  for (int64_t i = 0; i < count; ++i) {
+    for (int digit = 0; digit < 4; ++digit) ++starts[digit][(keys[i] >> (8 * digit)) & 255];
+  }
+  uint32_t *from_keys = keys, *from = indices, *to_keys = other_keys, *to = other_indices;
+  for (int digit = 0; digit < 4; ++digit) {
+    uint32_t* start = starts[digit];
+    if (count == 0 || start[(from_keys[0] >> (8 * digit)) & 255] == count) continue;  // one digit for all
+    uint32_t sum = 0;
+    for (int value = 0; value < 256; ++value) {
+      const uint32_t here = start[value];
+      start[value] = sum;
+      sum += here;
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      const uint32_t place = start[(from_keys[i] >> (8 * digit)) & 255]++;
+      to_keys[place] = from_keys[i];
+      to[place] = from[i];
+    }
+    uint32_t* swap = from_keys; from_keys = to_keys; to_keys = swap;
+    swap = from; from = to; to = swap;
+  }
+  if (from_keys != keys) {
+    std::memcpy(keys, from_keys, count * sizeof *keys);
+    std::memcpy(indices, from, count * sizeof *indices);
+  }
+}
+
+constexpr int64_t kBlock = 128;  // elements whose maximum is kept, to pass over them later
+
+// A bound that at least `kept` of the row's numbers reach, and few more; -inf where fewer than `kept` are numbers.
+// Of any partition of the row, the kept-th greatest maximum of its parts is such a bound.
+static float lower_bound_of_best(const float* row, int64_t width, int64_t kept, float* block_maxima) {
+  const int64_t blocks = width / kBlock;
+  const int64_t parts = (2 * kept + 2 * kLanes - 1) / (2 * kLanes);  // of two registers each
+  const int64_t blocks_per_part = blocks / parts;
+  if (blocks_per_part == 0) return -kInfinity;
+  const int64_t count = (blocks + blocks_per_part - 1) / blocks_per_part * 2 * kLanes;
+  uint32_t* keys = scratch.take<uint32_t>(1, count);
+  int64_t made = 0;
+  for (int64_t first = 0; first < blocks; first += blocks_per_part) {
+    const int64_t last = first + blocks_per_part < blocks ? first + blocks_per_part : blocks;
+    Floats even_part, odd_part;
+    fill(even_part, -kInfinity);
+    fill(odd_part, -kInfinity);
+    for (int64_t block = first; block < last; ++block) {
+      Floats even, odd, values;
+      fill(even, -kInfinity);
+      fill(odd, -kInfinity);
+      for (int64_t i = 0; i < kBlock; i += 2 * kLanes) {
+        load(values, row + block * kBlock + i);
+        even = values > even ? values : even;  // false for NaN, which is passed over
+        load(values, row + block * kBlock + i + kLanes);
+        odd = values > odd ? values : odd;
+      }
+      even_part = even > even_part ? even : even_part;
+      odd_part = odd > odd_part ? odd : odd_part;
+      block_maxima[block] = greatest_lane(even > odd ? even : odd);
+    }
+    for (int lane = 0; lane < kLanes; ++lane) {
+      keys[made++] = descending_key(even_part[lane]);
+      keys[made++] = descending_key(odd_part[lane]);
+    }
+  }
+  return value_of_key(select_key(keys, made, kept, kept / 4));
+}
+
+// Appends the indices of what reaches the bound in row[first, last), without a branch per element, and gives the new
+// count. Writes up to 8 places beyond it.
+DETPOST_INLINE int64_t collect(const float* row, int64_t first, int64_t last, float bound, uint32_t* found,
+                               int64_t count) {
+  int64_t i = first;
+#if DETPOST_FMA
+  const __m256 bounds = _mm256_set1_ps(bound);
+  for (; i + 8 <= last; i += 8) {
+    const int mask = _mm256_movemask_ps(_mm256_cmp_ps(_mm256_loadu_ps(row + i), bounds, _CMP_GE_OQ));
+    const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kLaneTable.lanes[mask]));
+    const __m256i places = _mm256_add_epi32(_mm256_cvtepu8_epi32(bytes), _mm256_set1_epi32(static_cast<int>(i)));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(found + count), places);
+    count += __builtin_popcount(static_cast<unsigned>(mask));
+  }
+#endif
+  for (; i < last; ++i) {
+    found[count] = static_cast<uint32_t>(i);
+    count += row[i] >= bound;
+  }
+  return count;
+}
+
+// Puts the indices of the best `kept` of the row into `best`: score descending, then index ascending, NaN last.
+static void select_best(const float* row, int64_t width, int64_t kept, uint32_t* best) {
+  const int64_t blocks = width / kBlock;
+  float* block_maxima = scratch.take<float>(2, blocks + 1);
+  const float bound = lower_bound_of_best(row, width, kept, block_maxima);
+  const bool skips = bound > -kInfinity;
+  uint32_t* found = scratch.take<uint32_t>(3, width + 8);
+  int64_t count = 0;
+  for (int64_t block = 0; block < blocks; ++block) {
+    if (skips && block_maxima[block] < bound) continue;
+    count = collect(row, block * kBlock, (block + 1) * kBlock, bound, found, count);
+  }
+  count = collect(row, blocks * kBlock, width, bound, found, count);
+
+  uint32_t* keys = scratch.take<uint32_t>(5, 2 * count + 1);
+  for (int64_t i = 0; i < count; ++i) keys[i] = descending_key(row[found[i]]);
+  if (count > kept + kept / 2) {  // too many to sort: all below the kept-th key, then the first that equal it
+    const uint32_t last = select_key(keys, count, kept, 0);
+    int64_t under = 0, room = kept;
+    for (int64_t i = 0; i < count; ++i) room -= keys[i] < last;
+    for (int64_t i = 0; i < count; ++i) {
+      const bool equals = keys[i] == last && room > 0;
+      room -= equals;
+      if (keys[i] < last || equals) {
+        keys[under] = keys[i];
+        found[under++] = found[i];
+      }
+    }
+    count = under;
+  }
+  uint32_t* spare = scratch.take<uint32_t>(6, count + 1);
+  sort_pairs(keys, found, keys + count, spare, count);
+  int64_t done = count < kept ? count : kept;
+  std::memcpy(best, found, done * sizeof *best);
+  for (int64_t i = 0; i < width && done < kept; ++i) {
+    if (row[i] != row[i]) best[done++] = static_cast<uint32_t>(i);
+  }
+}
+
+DETPOST_INLINE float widen_half(uint16_t half) {
+  const uint32_t sign = static_cast<uint32_t>(half & 0x8000) << 16, rest = half & 0x7FFF;
+  uint32_t bits;
+  float value;
+  if (rest >= 0x7C00) {  // infinities and NaN
+    bits = sign | 0x7F800000u | ((rest & 0x3FF) << 13);
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+  }
+  bits = rest << 13;  // the exponent is 112 short, which a product mends for normal and subnormal numbers alike
+  std::memcpy(&value, &bits, sizeof value);
+  value *= 5.192296858534828e33f;  // 2 ** 112
+  std::memcpy(&bits, &value, sizeof bits);
+  bits |= sign;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+DETPOST_INLINE float element(const void* data, int dtype, int64_t i) {
+  if (dtype == kFloat32) return static_cast<const float*>(data)[i];
+  const uint16_t narrow = static_cast<const uint16_t*>(data)[i];
+  if (dtype == kFloat16) return widen_half(narrow);
+  const uint32_t bits = static_cast<uint32_t>(narrow) << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+// A row as float32: itself, or a widened copy.
+static const float* as_float_row(const void* data, int dtype, int64_t row, int64_t width) {
+  if (dtype == kFloat32) return static_cast<const float*>(data) + row * width;
+  const uint16_t* narrow = static_cast<const uint16_t*>(data) + row * width;
+  float* wide = scratch.take<float>(0, width);
+  int64_t i = 0;
+  if (dtype == kBFloat16) {
+    for (; i < width; ++i) {
+      const uint32_t bits = static_cast<uint32_t>(narrow[i]) << 16;
+      std::memcpy(wide + i, &bits, sizeof bits);
+    }
+    return wide;
+  }
+#if DETPOST_FMA
+  for (; i + 8 <= width; i += 8) {
+    const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(narrow + i));
+    _mm256_storeu_ps(wide + i, _mm256_cvtph_ps(halves));
+  }
+#endif
+  for (; i < width; ++i) wide[i] = widen_half(narrow[i]);
+  return wide;
+}
+
+static void select_row(const void* data, int64_t row) {
+  const SelectArguments& of = *static_cast<const SelectArguments*>(data);
+  uint32_t* best = scratch.take<uint32_t>(7, of.kept);
+  select_best(as_float_row(of.scores, of.dtype, row, of.width), of.width, of.kept, best);
+  int64_t* out = of.indices + row * of.kept;
+  for (int64_t i = 0; i < of.kept; ++i) out[i] = best[i];
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The decode: sigmoid scores, the k best of all query and class pairs
+// ---------------------------------------------------------------------------------------------------------------------
+
+DETPOST_INLINE float size_element(const DecodeArguments& of, int64_t i) {
+  if (of.size_type == kSizesFloat32) return static_cast<const float*>(of.sizes)[i];
+  if (of.size_type == kSizesInt32) return static_cast<float>(static_cast<const int32_t*>(of.sizes)[i]);
+  return static_cast<float>(static_cast<const int64_t*>(of.sizes)[i]);
+}
+
+// As torch: a NaN stays one.
+DETPOST_INLINE float clamp_to(float value, float limit) {
+  value = value < 0.0f ? 0.0f : value;
+  return value > limit || limit != limit ? limit : value;
+}
+
+DETPOST_INLINE void decode_box(const DecodeArguments& of, const float* box, float width, float height, float* out) {
+  float x1 = box[0], y1 = box[1], x2 = box[2], y2 = box[3];
+  if (of.box_format == kCxcywh) {
+    const float half_width = 0.5f * box[2], half_height = 0.5f * box[3];
+    x1 = box[0] - half_width, y1 = box[1] - half_height, x2 = box[0] + half_width, y2 = box[1] + half_height;
+  } else if (of.box_format == kXywh) {
+    x2 = box[0] + box[2], y2 = box[1] + box[3];
+  }
+  if (of.size_type != kNoSizes) x1 *= width, y1 *= height, x2 *= width, y2 *= height;
+  if (of.clip) {
+    x1 = clamp_to(x1, width), y1 = clamp_to(y1, height), x2 = clamp_to(x2, width), y2 = clamp_to(y2, height);
+  }
+  out[0] = x1, out[1] = y1, out[2] = x2, out[3] = y2;
+}
+
+// exp(x) for |x| <= 708 to about 1e-15 of it: 2^n times the series of the rest. Written so that a compiler takes several
+// at a time, and equal numbers come out equal wherever they stand.
+DETPOST_INLINE double exponential(double x) {
+  constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52: adding it leaves the nearest integer in the low bits
+  const double shifted = x * 1.4426950408889634 + kRound;
+  const double n = shifted - kRound;
+  const double r = (x - n * 0.6931471805598903) - n * 5.497923018708371e-14;
+  double series = 1.0 / 6227020800.0;
+  series = series * r + 1.0 / 479001600.0;
+  series = series * r + 1.0 / 39916800.0;
+  series = series * r + 1.0 / 3628800.0;
+  series = series * r + 1.0 / 362880.0;
+  series = series * r + 1.0 / 40320.0;
+  series = series * r + 1.0 / 5040.0;
+  series = series * r + 1.0 / 720.0;
+  series = series * r + 1.0 / 120.0;
+  series = series * r + 1.0 / 24.0;
+  series = series * r + 1.0 / 6.0;
+  series = series * r + 0.5;
+  series = series * r + 1.0;
+  series = series * r + 1.0;
+  int64_t bits, power;
+  std::memcpy(&bits, &series, sizeof bits);
+  std::memcpy(&power, &shifted, sizeof power);
+  bits += power << 52;
+  std::memcpy(&series, &bits, sizeof series);
+  return series;
+}
+
+// In double, so that equal logits score alike and as in the plain form. `count` is a multiple of 8.
+static void sigmoids(const float* logits, int64_t count, float* scores) {
+  for (int64_t i = 0; i < count; ++i) {
+    double x = -static_cast<double>(logits[i]);
+    x = x > 708.0 ? 708.0 : x;
+    x = x < -708.0 ? -708.0 : x;
+    scores[i] = static_cast<float>(1.0 / (1.0 + exponential(x)));
+  }
+}
+
+static void decode_image(const void* data, int64_t image) {
+  const DecodeArguments& of = *static_cast<const DecodeArguments*>(data);
+  const int64_t width = of.queries * of.classes;
+  const float* row = as_float_row(of.logits, of.dtype, image, width);
+  if (of.background >= 0) {  // NaN is never ahead of a number and never valid
+    float* foreground = scratch.take<float>(0, width);
+    if (foreground != row) std::memcpy(foreground, row, width * sizeof *row);
+    for (int64_t i = of.background; i < width; i += of.classes) foreground[i] = std::numeric_limits<float>::quiet_NaN();
+    row = foreground;
+  }
+  uint32_t* best = scratch.take<uint32_t>(7, of.kept);
+  select_best(row, width, of.kept, best);
+
+  const float image_height = of.size_type == kNoSizes ? 1.0f : size_element(of, 2 * image);
+  const float image_width = of.size_type == kNoSizes ? 1.0f : size_element(of, 2 * image + 1);
+  const float* boxes = of.boxes + image * of.queries * 4;
+  const uint32_t classes = static_cast<uint32_t>(of.classes);
+  const int64_t padded = (of.kept + 7) / 8 * 8;
+  float* logits = scratch.take<float>(1, 2 * padded);
+  float* scores = logits + padded;
+  for (int64_t i = 0; i < padded; ++i) logits[i] = i < of.kept ? row[best[i]] : 0.0f;
+  sigmoids(logits, padded, scores);
+  for (int64_t i = 0; i < of.kept; ++i) {
+    const int64_t slot = image * of.kept + i;
+    const float logit = logits[i], score = scores[i];
+    const uint32_t query = best[i] / classes;
+    const bool valid = logit == logit && (!of.has_threshold || score > of.threshold);
+    float box[4];
+    decode_box(of, boxes + 4 * query, image_width, image_height, box);
+    of.out_scores[slot] = valid ? score : 0.0f;
+    of.out_labels[slot] = valid ? static_cast<int64_t>(best[i] - query * classes) : -1;
+    of.out_queries[slot] = valid ? static_cast<int64_t>(query) : -1;
+    of.out_valid[slot] = valid;
+    for (int side = 0; side < 4; ++side) of.out_boxes[4 * slot + side] = valid ? box[side] : 0.0f;
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Erosion loss
+// ---------------------------------------------------------------------------------------------------------------------
+
+DETPOST_INLINE void multiply_add(Floats& sum, const Floats& value, float weight) { sum = sum + value * weight; }
+
+// One field with a border of zeros one row and one slice thick and a stride with room for one column on either side.
+struct Grid {
+  int64_t depth, height, width;
+  int axes;
+  int64_t stride() const { return (width + 2 + kTile - 1) / kTile * kTile + kTile; }
+  int64_t slice() const { return stride() * (height + 2); }
+  int64_t size() const { return slice() * (axes == 3 ? depth + 2 : 1) + 2 * kTile; }
+  int64_t row(int64_t z, int64_t y) const { return (axes == 3 ? z + 1 : z) * slice() + (y + 1) * stride() + kTile; }
+};
+
+struct Limits {
+  float lower, extent;  // extent 0: the field is flat
+};
+
+struct Range {
+  float least, greatest;
+};
+
+// Mean over an element and its direct neighbours; taps in memory order, one multiply-add each, as a convolution rounds.
+DETPOST_INLINE void stencil_lanes(const Grid& grid, const float* at, float weight, Floats& sum) {
+  Floats tap;
+  if (grid.axes == 3) {
+    load(tap, at - grid.slice());
+    sum = tap * weight;
+    load(tap, at - grid.stride());
+    multiply_add(sum, tap, weight);
+  } else {
+    load(tap, at - grid.stride());
+    sum = tap * weight;
+  }
+  load(tap, at - 1);
+  multiply_add(sum, tap, weight);
+  load(tap, at);
+  multiply_add(sum, tap, weight);
+  load(tap, at + 1);
+  multiply_add(sum, tap, weight);
+  load(tap, at + grid.stride());
+  multiply_add(sum, tap, weight);
+  if (grid.axes == 3) {
+    load(tap, at + grid.slice());
+    multiply_add(sum, tap, weight);
+  }
+}
+
+// Keeps what lies beyond the row's end out of sums and extremes.
+DETPOST_INLINE void clear_beyond(Floats& values, int64_t valid, float filler) {
+  for (int64_t lane = valid; lane < kLanes; ++lane) values[lane] = filler;
+}
+
+static Range dilate(const Grid& grid, const float* bound, float* dilation, float weight) {
+  Floats least, greatest, sum;
+  fill(least, kInfinity);
+  fill(greatest, -kInfinity);
+  for (int64_t z = 0; z < grid.depth; ++z) {
+    for (int64_t y = 0; y < grid.height; ++y) {
+      const float* from = bound + grid.row(z, y);
+      float* to = dilation + grid.row(z, y);
+      for (int64_t x = 0; x < grid.width; x += kLanes) {
+        stencil_lanes(grid, from + x, weight, sum);
+        Floats low = sum, high = sum;
+        if (x + kLanes > grid.width) {
+          clear_beyond(low, grid.width - x, kInfinity);
+          clear_beyond(high, grid.width - x, -kInfinity);
+          clear_beyond(sum, grid.width - x, 0.0f);
+        }
+        store(to + x, sum);
+        least = low < least ? low : least;
+        greatest = high > greatest ? high : greatest;
+      }
+    }
+  }
+  Range range{least[0], greatest[0]};
+  for (int lane = 1; lane < kLanes; ++lane) {
+    range.least = least[lane] < range.least ? least[lane] : range.least;
+    range.greatest = greatest[lane] > range.greatest ? greatest[lane] : range.greatest;
+  }
+  return range;
+}
+
+DETPOST_INLINE Limits limits_of(const Range& range) {
+  const float least = range.least > 0.5f ? range.least : 0.5f;
+  const float greatest = range.greatest > 0.5f ? range.greatest : 0.5f;
+  const float extent = greatest - least;
+  return {extent == 0.0f ? 0.5f : least, extent};
+}
+
+DETPOST_INLINE void stretch_lanes(Floats& values, const Limits& limits) {
+  Floats lower;
+  fill(lower, limits.lower);
+  values = (values > lower ? values : lower) - lower;
+  if (limits.extent != 0.0f) values = values / limits.extent;
+}
+
+DETPOST_INLINE double sum_lanes(const Floats& values) {
+  double sum = 0;
+  for (int lane = 0; lane < kLanes; ++lane) sum += values[lane];
+  return sum;
+}
+
+// Writes the stretched field, adds it to `field` (rows without a border) weighted, and gives its sum.
+static double stretch(const Grid& grid, const float* dilation, const Limits& limits, float* bound, float* field,
+                      float weight) {
+  double total = 0;
+  for (int64_t z = 0; z < grid.depth; ++z) {
+    for (int64_t y = 0; y < grid.height; ++y) {
+      const float* from = dilation + grid.row(z, y);
+      float* to = bound + grid.row(z, y);
+      Floats sum, values;
+      fill(sum, 0.0f);
+      for (int64_t x = 0; x < grid.width; x += kLanes) {
+        load(values, from + x);
+        stretch_lanes(values, limits);
+        if (x + kLanes > grid.width) clear_beyond(values, grid.width - x, 0.0f);
+        store(to + x, values);
+        sum += values;
+      }
+      total += sum_lanes(sum);
+      if (field) {
+        float* out = field + (z * grid.height + y) * grid.width;
+        for (int64_t x = 0; x < grid.width; ++x) out[x] += weight * to[x];
+      }
+    }
+  }
+  return total;
+}
+
+constexpr float kLargestDifference = 1e12f;
+
+DETPOST_INLINE float clamped_difference(float pred, bool is_class) {
+  const float difference = pred - (is_class ? 1.0f : 0.0f);
+  return difference > kLargestDifference ? kLargestDifference
+         : difference < -kLargestDifference ? -kLargestDifference : difference;
+}
+
+// Fills `bound` with the squared error; returns whether all of it is numbers.
+static bool squared_error(const Grid& grid, const float* pred, const int64_t* target, int64_t number, float* bound) {
+  bool numbers = true;
+  for (int64_t z = 0; z < grid.depth; ++z) {
+    for (int64_t y = 0; y < grid.height; ++y) {
+      const int64_t first = (z * grid.height + y) * grid.width;
+      float* to = bound + grid.row(z, y);
+      int32_t odd = 0;
+      for (int64_t x = 0; x < grid.width; ++x) {
+        const float difference = clamped_difference(pred[first + x], target[first + x] == number);
+        to[x] = difference * difference;
+        odd |= difference != difference;
+      }
+      numbers = numbers && !odd;
+    }
+  }
+  return numbers;
+}
+
+struct StretchSums {
+  double gradient, product, maxima, minima;
+};
+
+// What a stretched element is made of: its height above the lower limit. Its quotient with the range is exactly 1 for the
+// range itself alone, and 0 for 0 alone, so that extremes are told without a division.
+DETPOST_INLINE void height_lanes(Floats& values, const Limits& limits) {
+  Floats lower;
+  fill(lower, limits.lower);
+  values = (values > lower ? values : lower) - lower;
+}
+
+// First pass back through a stretch: the sums that its limits' gradients are made of.
+static StretchSums stretch_sums(const Grid& grid, const float* gradient, const float* dilation, const Limits& limits) {
+  StretchSums total{0, 0, 0, 0};
+  const float scale = limits.extent == 0.0f ? 1.0f : 1.0f / limits.extent;
+  Floats top, none, one;
+  fill(top, limits.extent == 0.0f ? 1.0f : limits.extent);
+  fill(none, 0.0f);
+  fill(one, 1.0f);
+  for (int64_t z = 0; z < grid.depth; ++z) {
+    for (int64_t y = 0; y < grid.height; ++y) {
+      const float* grad = gradient + grid.row(z, y);
+      const float* from = dilation + grid.row(z, y);
+      Floats sums[4], values, onto;
+      for (Floats& sum : sums) fill(sum, 0.0f);
+      for (int64_t x = 0; x < grid.width; x += kLanes) {
+        load(values, from + x);
+        load(onto, grad + x);
+        onto = onto * scale;
+        height_lanes(values, limits);
+        Floats at_maximum = values >= top ? one : none, at_minimum = values <= none ? one : none;
+        if (x + kLanes > grid.width) {
+          const int64_t valid = grid.width - x;
+          clear_beyond(onto, valid, 0.0f);
+          clear_beyond(at_maximum, valid, 0.0f);
+          clear_beyond(at_minimum, valid, 0.0f);
+        }
+        sums[0] += onto;
+        sums[1] += onto * values;
+        sums[2] += at_maximum;
+        sums[3] += at_minimum;
+      }
+      total.gradient += sum_lanes(sums[0]);
+      total.product += sum_lanes(sums[1]) * scale;
+      total.maxima += sum_lanes(sums[2]);
+      total.minima += sum_lanes(sums[3]);
+    }
+  }
+  return total;
+}
+
+// Second pass: the gradient of the dilation, in place; elements that share an extreme share its gradient equally.
+static void stretch_back(const Grid& grid, float* gradient, const float* dilation, const Limits& limits,
+                         const StretchSums& sums) {
+  const bool moves = limits.extent != 0.0f;  // the limits of a flat field are constants
+  const double onto_range = moves ? -sums.product : 0.0;
+  const double onto_minimum = moves ? -sums.gradient - onto_range : 0.0;
+  const float per_maximum = static_cast<float>(onto_range / (sums.maxima < 1 ? 1 : sums.maxima));
+  const float per_minimum = static_cast<float>(onto_minimum / (sums.minima < 1 ? 1 : sums.minima));
+  const float scale = moves ? 1.0f / limits.extent : 1.0f;
+  const float below_half = 0.5f - std::numeric_limits<float>::epsilon() / 4;  // at the threshold itself all passes
+  Floats none, top, values, onto, half, maximum_share, minimum_share;
+  fill(none, 0.0f);
+  fill(top, moves ? limits.extent : 1.0f);
+  fill(half, below_half);
+  fill(maximum_share, per_maximum);
+  fill(minimum_share, per_minimum);
+  for (int64_t z = 0; z < grid.depth; ++z) {
+    for (int64_t y = 0; y < grid.height; ++y) {
+      float* grad = gradient + grid.row(z, y);
+      const float* from = dilation + grid.row(z, y);
+      for (int64_t x = 0; x < grid.width; x += kLanes) {
+        load(values, from + x);
+        load(onto, grad + x);
+        onto = onto * scale;
+        Floats height = values;
+        height_lanes(height, limits);
+        onto = onto + (height >= top ? maximum_share : none) + (height <= none ? minimum_share : none);
+        onto = values > half ? onto : none;
+        if (x + kLanes > grid.width) clear_beyond(onto, grid.width - x, 0.0f);
+        store(grad + x, onto);
+      }
+    }
+  }
+}
+
+// The stencil is symmetric, so it is its own transpose; `cotangent` (rows without a border, or null for ones) is what
+// the loss hands to this step's result directly.
+static void stencil_back(const Grid& grid, const float* from, float* to, float stencil_weight, const float* cotangent,
+                         float weight) {
+  Floats sum, direct;
+  for (int64_t z = 0; z < grid.depth; ++z) {
+    for (int64_t y = 0; y < grid.height; ++y) {
+      const float* source = from + grid.row(z, y);
+      float* out = to + grid.row(z, y);
+      for (int64_t x = 0; x < grid.width; x += kLanes) {
+        stencil_lanes(grid, source + x, stencil_weight, sum);
+        fill(direct, weight);
+        const int64_t valid = grid.width - x < kLanes ? grid.width - x : kLanes;
+        if (cotangent) {
+          const float* given = cotangent + (z * grid.height + y) * grid.width + x;
+          for (int64_t lane = 0; lane < valid; ++lane) direct[lane] = weight * given[lane];
+        }
+        sum = sum + direct;
+        if (valid < kLanes) clear_beyond(sum, valid, 0.0f);
+        store(out + x, sum);
+      }
+    }
+  }
+}
+
+DETPOST_INLINE float finite(float value) {
+  constexpr float largest = std::numeric_limits<float>::max();
+  if (value != value) return 0.0f;
+  return value > largest ? largest : value < -largest ? -largest : value;
+}
+
+static void fill_rows(const Grid& grid, float* to, const float* cotangent, float weight) {
+  for (int64_t z = 0; z < grid.depth; ++z) {
+    for (int64_t y = 0; y < grid.height; ++y) {
+      float* out = to + grid.row(z, y);
+      const float* given = cotangent ? cotangent + (z * grid.height + y) * grid.width : nullptr;
+      for (int64_t x = 0; x < grid.width; ++x) out[x] = given ? weight * given[x] : weight;
+    }
+  }
+}
+
+static void erode_field(const void* data, int64_t index) {
+  const ErosionArguments& of = *static_cast<const ErosionArguments*>(data);
+  const Grid grid{of.depth, of.height, of.width, of.axes};
+  const int64_t elements = of.depth * of.height * of.width;
+  const float* pred = of.pred + index * elements;
+  const int64_t* target = of.target + index / of.classes * elements;
+  const int64_t number = index % of.classes;
+  float* field = of.field ? of.field + index * elements : nullptr;
+  const int64_t size = grid.size();
+  const int kept = of.gradient ? of.steps : 1;
+  float* bound = scratch.take<float>(0, size);
+  float* dilations = scratch.take<float>(1, size * kept);
+  Limits* limits = scratch.take<Limits>(2, of.steps);
+  std::memset(bound, 0, size * sizeof *bound);
+  if (field) std::memset(field, 0, elements * sizeof *field);
+
+  double total = 0;
+  const bool numbers = squared_error(grid, pred, target, number, bound);
+  if (!numbers) {  // one NaN takes the extremes of its field with it, and these every element
+    const float nan = std::numeric_limits<float>::quiet_NaN();
+    total = nan;
+    for (int64_t i = 0; field && i < elements; ++i) field[i] = nan;
+    for (int64_t i = 0; of.gradient && i < elements; ++i) of.gradient[index * elements + i] = 0.0f;
+    if (of.totals) of.totals[index] = total;
+    return;
+  }
+  for (int step = 0; step < of.steps; ++step) {
+    float* dilation = dilations + (kept > 1 ? step : 0) * size;
+    limits[step] = limits_of(dilate(grid, bound, dilation, of.stencil_weight));
+    const double weight = of.weights[step];
+    total += weight * stretch(grid, dilation, limits[step], bound, field, static_cast<float>(weight));
+  }
+  if (of.totals) of.totals[index] = total;
+
+  if (of.gradient) {
+    const float* cotangent = of.cotangent ? of.cotangent + index * elements : nullptr;
+    float* gradient = scratch.take<float>(3, size);
+    std::memset(gradient, 0, size * sizeof *gradient);
+    std::memset(bound, 0, size * sizeof *bound);
+    float *from = gradient, *to = bound;
+    fill_rows(grid, from, cotangent, static_cast<float>(of.weights[of.steps - 1]));
+    for (int step = of.steps - 1; step >= 0; --step) {
+      const float* dilation = dilations + step * size;
+      const StretchSums sums = stretch_sums(grid, from, dilation, limits[step]);
+      stretch_back(grid, from, dilation, limits[step], sums);
+      stencil_back(grid, from, to, of.stencil_weight, cotangent,
+                   step ? static_cast<float>(of.weights[step - 1]) : 0.0f);
+      float* swap = from;
+      from = to;
+      to = swap;
+    }
+    for (int64_t z = 0; z < grid.depth; ++z) {
+      for (int64_t y = 0; y < grid.height; ++y) {
+        const int64_t first = (z * grid.height + y) * grid.width;
+        const float* at = from + grid.row(z, y);
+        float* out = of.gradient + index * elements + first;
+        for (int64_t x = 0; x < grid.width; ++x) {
+          // Where ranges of one rounding step follow each other the slopes can leave float32: finite all the same.
+          out[x] = finite(at[x] * 2.0f * clamped_difference(pred[first + x], target[first + x] == number));
+        }
+      }
+    }
+  }
+  scratch.trim(size_t(1) << 24);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Distance transform
+// ---------------------------------------------------------------------------------------------------------------------
+
+constexpr int32_t kFar = 1 << 29;
+
+// Squared distance within each row to the nearest element of the other kind: positive inside, negative outside, so that
+// one array serves both sides; 0 outside where only the inside is wanted.
+static void distance_rows(const void* data, int64_t task) {
+  const RowsPerTask& given = *static_cast<const RowsPerTask*>(data);
+  const DistanceArguments& of = given.of;
+  const int64_t width = of.width;
+  const int64_t last = (task + 1) * kRowsPerTask < given.rows ? (task + 1) * kRowsPerTask : given.rows;
+  int32_t* distance = scratch.take<int32_t>(0, width);
+  uint8_t* inside = scratch.take<uint8_t>(1, width);
+  for (int64_t row = task * kRowsPerTask; row < last; ++row) {
+    if (of.both_sides) {
+      const float* values = static_cast<const float*>(of.values) + row * width;
+      for (int64_t x = 0; x < width; ++x) inside[x] = values[x] > 0.5f;
+    } else {
+      const uint8_t* values = static_cast<const uint8_t*>(of.values) + row * width;
+      for (int64_t x = 0; x < width; ++x) inside[x] = values[x] != 0;
+    }
+    distance[0] = kFar;
+    for (int64_t x = 1; x < width; ++x) {
+      const int32_t same = inside[x] == inside[x - 1];
+      distance[x] = (distance[x - 1] & -same) + 1;
+    }
+    float* out = of.out + row * width;
+    int32_t behind = kFar;
+    for (int64_t x = width - 1; x >= 0; --x) {
+      if (x < width - 1) behind = (behind & -static_cast<int32_t>(inside[x] == inside[x + 1])) + 1;
+      distance[x] = distance[x] < behind ? distance[x] : behind;
+    }
+    for (int64_t x = 0; x < width; ++x) {
+      const float length = static_cast<float>(distance[x]) * of.steps[2];
+      const float squared = distance[x] >= kFar ? kInfinity : length * length;
+      out[x] = inside[x] ? squared : of.both_sides ? -squared : 0.0f;
+    }
+  }
+}
+
+// min over j of max(sign * f[j], 0) + (step (i - j))^2 for one line of one side, by the lower envelope of the parabolas
+// (Felzenszwalb and Huttenlocher 2012): linear whatever the distances are.
+static void line_by_envelope(const float* f, int64_t length, float step, float sign, float* out, int32_t* hull,
+                             float* starts) {
+  int64_t count = 0;
+  const double squared_step = static_cast<double>(step) * step;
+  for (int64_t q = 0; q < length; ++q) {
+    const float own = f[q * kTile] * sign;
+    const double height = own > 0.0f ? own : 0.0f;
+    if (!(height < kInfinity)) continue;
+    float start = -kInfinity;
+    while (count) {
+      const int64_t v = hull[count - 1];
+      const float before = f[v * kTile] * sign;
+      const double other = before > 0.0f ? before : 0.0f;
+      start = static_cast<float>(((height - other) / squared_step + double(q) * q - double(v) * v) / (2.0 * (q - v)));
+      if (start > starts[count - 1]) break;
+      --count;
+      start = -kInfinity;
+    }
+    hull[count] = static_cast<int32_t>(q);
+    starts[count++] = start;
+  }
+  int64_t at = 0;
+  for (int64_t i = 0; i < length; ++i) {
+    if (!count) {
+      out[i] = kInfinity;
+      continue;
+    }
+    while (at + 1 < count && starts[at + 1] < static_cast<float>(i)) ++at;
+    // A start is rounded: its neighbours may be nearer by that much.
+    float best = kInfinity;
+    for (int64_t near = at > 0 ? at - 1 : 0; near <= at + 1 && near < count; ++near) {
+      const float own = f[hull[near] * kTile] * sign, along = static_cast<float>(i - hull[near]) * step;
+      const float value = (own > 0.0f ? own : 0.0f) + along * along;
+      best = value < best ? value : best;
+    }
+    out[i] = best;
+  }
+}
+
+static void tile_by_envelope(const float* f, int64_t length, float step, float* results) {
+  float* inside = scratch.take<float>(3, length);
+  float* outside = scratch.take<float>(4, length);
+  int32_t* hull = scratch.take<int32_t>(5, length);
+  float* starts = scratch.take<float>(6, length);
+  for (int64_t lane = 0; lane < kTile; ++lane) {
+    bool negative = false;
+    for (int64_t i = 0; i < length; ++i) negative = negative || f[i * kTile + lane] < 0.0f;
+    line_by_envelope(f + lane, length, step, 1.0f, inside, hull, starts);
+    if (negative) line_by_envelope(f + lane, length, step, -1.0f, outside, hull, starts);
+    for (int64_t i = 0; i < length; ++i) {
+      results[i * kTile + lane] = f[i * kTile + lane] < 0.0f ? -outside[i] : inside[i];
+    }
+  }
+}
+
+// Looking outward from each element, a register of lines at once, until no farther one can be nearer. Gives up where that
+// takes long on average: then the envelope is faster.
+static bool lanes_by_looking(const float* f, int64_t length, float step, float* results) {
+  int64_t looked = 0;
+  Floats one, none;
+  fill(one, 1.0f);
+  fill(none, 0.0f);
+  for (int64_t i = 0; i < length; ++i) {
+    Floats own, best, other, limit;
+    load(own, f + i * kTile);
+    const Floats sign = own < none ? -one : one;
+    best = own * sign;
+    const int64_t most = i > length - 1 - i ? i : length - 1 - i;
+    int64_t r = 1;
+    for (; r <= most; ++r) {
+      const float along = static_cast<float>(r) * step, least = along * along;
+      fill(limit, least);
+      if (!any_lane(best > limit)) break;
+      if (i >= r) {
+        load(other, f + (i - r) * kTile);
+        other = other * sign;
+        other = (other > none ? other : none) + limit;
+        best = other < best ? other : best;
+      }
+      if (i + r < length) {
+        load(other, f + (i + r) * kTile);
+        other = other * sign;
+        other = (other > none ? other : none) + limit;
+        best = other < best ? other : best;
+      }
+    }
+    looked += r;
+    store(results + i * kTile, best * sign);
+    if (looked > 64 * (i + 4)) return false;
+  }
+  return true;
+}
+
+static bool tile_by_looking(const float* f, int64_t length, float step, float* results) {
+  for (int64_t lane = 0; lane < kTile; lane += kLanes) {
+    if (!lanes_by_looking(f + lane, length, step, results + lane)) return false;
+  }
+  return true;
+}
+
+static void distance_lines(const void* data, int64_t task) {
+  const LinesPerTask& of = *static_cast<const LinesPerTask*>(data);
+  const int64_t first = task % of.tiles() * kTile;
+  const int64_t lanes = of.lanes - first < kTile ? of.lanes - first : kTile;
+  float* base = of.out + task / of.tiles() * of.length * of.lanes + first;
+  float* f = scratch.take<float>(1, of.length * kTile);
+  float* results = scratch.take<float>(2, of.length * kTile);
+  for (int64_t i = 0; i < of.length; ++i) {
+    for (int64_t lane = 0; lane < kTile; ++lane) f[i * kTile + lane] = lane < lanes ? base[i * of.lanes + lane] : 0.0f;
+  }
+  if (!tile_by_looking(f, of.length, of.step, results)) tile_by_envelope(f, of.length, of.step, results);
+  for (int64_t i = 0; i < of.length; ++i) {
+    for (int64_t lane = 0; lane < lanes; ++lane) base[i * of.lanes + lane] = results[i * kTile + lane];
+  }
+}
+
+// From signed to plain; 0 where the whole field is of one kind.
+static void distance_finish(const void* data, int64_t task) {
+  const RowsPerTask& given = *static_cast<const RowsPerTask*>(data);
+  const int64_t end = (task + 1) * kRowsPerTask < given.rows ? (task + 1) * kRowsPerTask : given.rows;
+  float* out = given.of.out;
+  for (int64_t i = task * kRowsPerTask * given.of.width; i < end * given.of.width; ++i) {
+    const float squared = out[i] < 0.0f ? -out[i] : out[i];
+    out[i] = squared < kInfinity ? squared : 0.0f;
+  }
+}
+
+#undef DETPOST_INLINE
+#endif

@@ -1,0 +1,375 @@
+"""The C++ kernels of ``native.cpp``, as PyTorch operators and, for the decode, as a plain call.
+
+The library is an optional part of the package, built where there is a compiler. As operators of the ``detpost``
+namespace its functions stay one node each under ``torch.compile``. They run on the CPU.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.machinery
+from collections.abc import Sequence
+from ctypes import c_double, c_float, c_int, c_int64, c_void_p
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from detpost.detections import Detections
+from detpost.spec import DecodeSpec
+
+__all__ = ["boundary_distance", "decode", "erosion", "missing", "select", "squared_distance", "uses_avx2"]
+
+_INTERFACE = 1
+_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+_SIZE_TYPES = {torch.float32: 1, torch.int32: 2, torch.int64: 3}
+_BOX_FORMATS = {"cxcywh": 0, "xyxy": 1, "xywh": 2}
+_MOST_WIDTH = 2**31 - 1
+
+_SIGNATURES: dict[str, tuple[Any, ...]] = {
+    "detpost_select": (c_void_p, c_int, c_int64, c_int64, c_int64, c_void_p, c_int),
+    "detpost_decode": (
+        *(c_void_p, c_int, c_int64, c_int64, c_int64, c_int64, c_int64, c_void_p, c_void_p),
+        *(c_int, c_int, c_int, c_int, c_float, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_int),
+    ),
+    "detpost_erosion": (
+        *(c_void_p, c_void_p, c_int64, c_int64, c_int64, c_int64, c_int64, c_int, c_float),
+        *(c_void_p, c_int, c_void_p, c_void_p, c_void_p, c_void_p, c_int),
+    ),
+    "detpost_distance": (
+        *(c_void_p, c_int64, c_int64, c_int64, c_int64, c_float, c_float, c_float, c_int, c_void_p, c_int),
+    ),
+}
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | str:
+    """Load the built library, or say why there is none."""
+    suffixes = importlib.machinery.EXTENSION_SUFFIXES
+    found = [path for suffix in suffixes if (path := Path(__file__).with_name(f"_native{suffix}")).exists()]
+    if not found:
+        return "not built: reinstall detpost where there is a C++ compiler"
+    try:
+        library = ctypes.CDLL(str(found[0]))
+        interface = int(library.detpost_interface())
+    except (OSError, AttributeError) as error:
+        return f"cannot be loaded: {error}"
+    if interface != _INTERFACE:
+        return f"built from another version of detpost (interface {interface}, wanted {_INTERFACE}): reinstall it"
+    for name, types in _SIGNATURES.items():
+        function = getattr(library, name)
+        function.argtypes, function.restype = types, None
+    return library
+
+
+def missing() -> str | None:
+    """Say why the library cannot be used; ``None`` where it can."""
+    library = _library()
+    return library if isinstance(library, str) else None
+
+
+def uses_avx2() -> bool:
+    """Whether the loaded library runs its AVX2 kernels on this processor."""
+    library = _library()
+    return not isinstance(library, str) and bool(library.detpost_uses_avx2())
+
+
+def _function(name: str) -> Any:
+    library = _library()
+    if isinstance(library, str):
+        raise RuntimeError(f"detpost's C++ kernels are {library}")
+    return getattr(library, name)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Selection
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def takes_scores(dtype: torch.dtype) -> bool:
+    """Whether :func:`select` and :func:`decode` take scores of this dtype."""
+    return dtype in _DTYPES
+
+
+def select(scores: Tensor, k: int) -> Tensor:
+    """Select as :func:`detpost.select_top_k` does.
+
+    Args:
+        scores: (B, N), float32, float16 or bfloat16, on the CPU; N below 2**31.
+        k: how many to keep, at least 1.
+
+    Returns:
+        (B, min(k, N)), int64.
+    """
+    indices: Tensor = torch.ops.detpost.native_select(scores, k)
+    return indices
+
+
+def _select(scores: Tensor, k: int) -> Tensor:
+    batch, width = scores.shape
+    indices = torch.empty((batch, min(k, width)), dtype=torch.int64)
+    if indices.numel():
+        rows = scores.contiguous()
+        _function("detpost_select")(
+            rows.data_ptr(), _DTYPES[rows.dtype], batch, width, min(k, width), indices.data_ptr(), _threads()
+        )
+    return indices
+
+
+def _select_fake(scores: Tensor, k: int) -> Tensor:
+    return scores.new_empty((scores.shape[0], min(k, scores.shape[1])), dtype=torch.int64)
+
+
+def _threads() -> int:
+    return torch.get_num_threads()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The decode
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=256)
+def takes_spec(spec: DecodeSpec) -> bool:
+    """Whether :func:`decode` knows this kind of decode: sigmoid scores, the best of all (query, class) pairs."""
+    return spec.activation == "sigmoid" and spec.selection == "flat"
+
+
+def decode(logits: Tensor, boxes: Tensor, image_sizes: Tensor | None, spec: DecodeSpec) -> Detections:
+    """Decode as :class:`detpost.DetectionPostProcessor` does, in one pass and without a gradient.
+
+    Args:
+        logits: (B, Q, C), float32, float16 or bfloat16, on the CPU; Q * C below 2**31.
+        boxes: (B, Q, 4), floating but not float64, on the CPU.
+        image_sizes: (B, 2), (height, width) in pixels, or ``None``.
+        spec: one that :func:`takes_spec` takes.
+
+    Returns:
+        The detections.
+    """
+    return Detections(*_decode(logits, boxes, image_sizes, *_spec_arguments(spec, logits.shape[2])))
+
+
+def decode_as_operator(logits: Tensor, boxes: Tensor, image_sizes: Tensor | None, spec: DecodeSpec) -> Detections:
+    """Decode through the registered operator, which compilers and tracers see; as :func:`decode` otherwise."""
+    arguments = _spec_arguments(spec, logits.shape[2])
+    return Detections(*torch.ops.detpost.native_decode(logits, boxes, image_sizes, *arguments))
+
+
+def _spec_arguments(spec: DecodeSpec, classes: int) -> tuple[int, int, int, bool, float | None]:
+    background = {"none": -1, "first": 0, "last": classes - 1}[spec.background]
+    return spec.top_k, background, _BOX_FORMATS[spec.box_format], spec.clip, spec.score_threshold
+
+
+def _decode(
+    logits: Tensor,
+    boxes: Tensor,
+    image_sizes: Tensor | None,
+    top_k: int,
+    background: int,
+    box_format: int,
+    clip: bool,
+    threshold: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    batch, queries, classes = logits.shape
+    kept = min(top_k, queries * classes)
+    logits = logits if logits.is_contiguous() else logits.contiguous()
+    if boxes.dtype != torch.float32 or not boxes.is_contiguous():
+        boxes = boxes.to(torch.float32).contiguous()
+    size_type, sizes_at = 0, 0
+    if image_sizes is not None:
+        if image_sizes.dtype not in _SIZE_TYPES:
+            image_sizes = image_sizes.to(torch.float32)
+        if not image_sizes.is_contiguous():
+            image_sizes = image_sizes.contiguous()
+        size_type, sizes_at = _SIZE_TYPES[image_sizes.dtype], image_sizes.data_ptr()
+    shape = (batch, kept)
+    scores = torch.empty(shape, dtype=torch.float32)
+    labels = torch.empty(shape, dtype=torch.int64)
+    corners = torch.empty((batch, kept, 4), dtype=torch.float32)
+    chosen = torch.empty(shape, dtype=torch.int64)
+    valid = torch.empty(shape, dtype=torch.bool)
+    if batch and kept:
+        _function("detpost_decode")(
+            *(logits.data_ptr(), _DTYPES[logits.dtype], batch, queries, classes, kept, background),
+            *(boxes.data_ptr(), sizes_at, size_type, box_format, clip, threshold is not None, threshold or 0.0),
+            *(scores.data_ptr(), labels.data_ptr(), corners.data_ptr(), chosen.data_ptr(), valid.data_ptr()),
+            _threads(),
+        )
+    return scores, labels, corners, chosen, valid
+
+
+def _decode_fake(
+    logits: Tensor,
+    boxes: Tensor,
+    image_sizes: Tensor | None,
+    top_k: int,
+    background: int,
+    box_format: int,
+    clip: bool,
+    threshold: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    shape = (logits.shape[0], min(top_k, logits.shape[1] * logits.shape[2]))
+    scores = logits.new_empty(shape, dtype=torch.float32)
+    labels = logits.new_empty(shape, dtype=torch.int64)
+    corners = logits.new_empty((*shape, 4), dtype=torch.float32)
+    return scores, labels, corners, torch.empty_like(labels), logits.new_empty(shape, dtype=torch.bool)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The erosion loss
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def erosion(
+    pred: Tensor,
+    target: Tensor,
+    weights: Sequence[float],
+    stencil_weight: float,
+    axes: int,
+    cotangent: Tensor | None,
+    want_field: bool,
+    want_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Erode every field, and go back through it in the same pass while its erosions are in the cache.
+
+    Args:
+        pred: (B, C, *spatial), float32, on the CPU.
+        target: (B, 1, *spatial), int64.
+        weights: of each erosion's result in the sum.
+        stencil_weight: of each tap of the stencil.
+        axes: 2 or 3.
+        cotangent: gradient of the summed field (B, C, *spatial), float32; ``None`` is 1 everywhere.
+        want_field: whether the field is wanted, else its sums.
+        want_gradient: whether the gradient is wanted.
+
+    Returns:
+        Sums over each field (B, C), float32; the field (B, C, *spatial); the gradient of ``sum(field * cotangent)``
+        with respect to ``pred`` (B, C, *spatial), finite. Of the last two, what is not wanted has shape (0,).
+    """
+    found: tuple[Tensor, Tensor, Tensor] = torch.ops.detpost.native_erosion(
+        pred, target, weights, stencil_weight, axes, cotangent, want_field, want_gradient
+    )
+    return found
+
+
+def _erosion(
+    pred: Tensor,
+    target: Tensor,
+    weights: Sequence[float],
+    stencil_weight: float,
+    axes: int,
+    cotangent: Tensor | None,
+    want_field: bool,
+    want_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    pred, target = pred.contiguous(), target.contiguous()
+    batch, classes, *sides = pred.shape
+    depth, height, width = (1, *sides)[-3:]
+    steps = (c_double * len(weights))(*weights)
+    totals = torch.empty((batch, classes), dtype=torch.float64)
+    field = torch.empty_like(pred) if want_field else pred.new_empty(0)
+    gradient = torch.empty_like(pred) if want_gradient else pred.new_empty(0)
+    given = cotangent.contiguous() if cotangent is not None else None
+    if pred.numel():
+        _function("detpost_erosion")(
+            *(pred.data_ptr(), target.data_ptr(), batch, classes, depth, height, width, axes, stencil_weight),
+            *(steps, len(weights), totals.data_ptr(), field.data_ptr() if want_field else None),
+            *(given.data_ptr() if given is not None else None, gradient.data_ptr() if want_gradient else None),
+            _threads(),
+        )
+    return totals.to(torch.float32), field, gradient
+
+
+def _erosion_fake(
+    pred: Tensor,
+    target: Tensor,
+    weights: Sequence[float],
+    stencil_weight: float,
+    axes: int,
+    cotangent: Tensor | None,
+    want_field: bool,
+    want_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    whole = torch.empty(pred.shape, dtype=pred.dtype, device=pred.device)
+    nothing = pred.new_empty(0)
+    return (
+        pred.new_empty(pred.shape[:2]),
+        whole if want_field else nothing,
+        torch.empty_like(whole) if want_gradient else torch.empty_like(nothing),
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The distance transform
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def squared_distance(inside: Tensor, steps: Sequence[float]) -> Tensor:
+    """Square the distance of each element to the nearest False of its field; infinite where there is none.
+
+    Args:
+        inside: (B, C, *spatial), bool, on the CPU.
+        steps: lengths of an element along each spatial axis.
+
+    Returns:
+        (B, C, *spatial), float32.
+    """
+    found: Tensor = torch.ops.detpost.native_distance(inside, steps, False)
+    return found
+
+
+def boundary_distance(values: Tensor, steps: Sequence[float]) -> Tensor:
+    """Square the distance of each element to the nearest one on the other side of 0.5; 0 where there is none.
+
+    Args:
+        values: (B, C, *spatial), float32, on the CPU.
+        steps: lengths of an element along each spatial axis.
+
+    Returns:
+        (B, C, *spatial), float32.
+    """
+    found: Tensor = torch.ops.detpost.native_distance(values, steps, True)
+    return found
+
+
+def _distance(values: Tensor, steps: Sequence[float], both_sides: bool) -> Tensor:
+    values = values.contiguous()
+    squared = torch.empty(values.shape, dtype=torch.float32)
+    depth, height, width = (1, *values.shape[2:])[-3:]
+    lengths = (1.0, *steps)[-3:]
+    if values.numel():
+        _function("detpost_distance")(
+            *(values.data_ptr(), values.shape[0] * values.shape[1], depth, height, width, *lengths),
+            *(both_sides, squared.data_ptr(), _threads()),
+        )
+    return squared
+
+
+def _distance_fake(values: Tensor, steps: Sequence[float], both_sides: bool) -> Tensor:
+    return torch.empty(values.shape, dtype=torch.float32, device=values.device)
+
+
+_OPERATORS = torch.library.Library("detpost", "FRAGMENT")
+for _schema, _kernel, _fake in (
+    ("native_select(Tensor scores, int k) -> Tensor", _select, _select_fake),
+    (
+        "native_decode(Tensor logits, Tensor boxes, Tensor? image_sizes, int top_k, int background, int box_format, "
+        "bool clip, float? threshold) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+        _decode,
+        _decode_fake,
+    ),
+    (
+        "native_erosion(Tensor pred, Tensor target, float[] weights, float stencil_weight, int axes, Tensor? cotangent,"
+        " bool want_field, bool want_gradient) -> (Tensor, Tensor, Tensor)",
+        _erosion,
+        _erosion_fake,
+    ),
+    ("native_distance(Tensor values, float[] steps, bool both_sides) -> Tensor", _distance, _distance_fake),
+):
+    _name = _OPERATORS.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _OPERATORS.impl(_name, _kernel, "CPU")
+    torch.library.register_fake(f"detpost::{_name}", _fake, lib=_OPERATORS)
