@@ -291,16 +291,22 @@ void start(void (*plain)(const void*, int64_t), void (*wide)(const void*, int64_
 }  // namespace
 
 #if defined(DETPOST_HAS_V3)
-#define DETPOST_BOTH(name) baseline::name, v3::name
+#define DETPOST_SECOND(name) v3::name
 #else
-#define DETPOST_BOTH(name) baseline::name, baseline::name
+#define DETPOST_SECOND(name) baseline::name
 #endif
+#define DETPOST_BOTH(name) baseline::name, DETPOST_SECOND(name)
 
 #if defined(_WIN32)
 #define DETPOST_EXPORT extern "C" __declspec(dllexport)
 #else
 #define DETPOST_EXPORT extern "C" __attribute__((visibility("default")))
 #endif
+
+// The least and the greatest of `count` numbers, at least one.
+DETPOST_EXPORT void detpost_range(const int64_t* values, int64_t count, int64_t* range) {
+  (use_v3() ? DETPOST_SECOND(find_range) : baseline::find_range)(values, count, range);
+}
 
 // Raised with every change of a signature below: native.py refuses another number.
 DETPOST_EXPORT int detpost_interface() { return 1; }
@@ -725,6 +731,16 @@ static void decode_image(const void* data, int64_t image) {
 // Erosion loss
 // ---------------------------------------------------------------------------------------------------------------------
 
+static void find_range(const int64_t* values, int64_t count, int64_t* range) {
+  int64_t least = values[0], greatest = values[0];
+  for (int64_t i = 0; i < count; ++i) {
+    least = values[i] < least ? values[i] : least;
+    greatest = values[i] > greatest ? values[i] : greatest;
+  }
+  range[0] = least;
+  range[1] = greatest;
+}
+
 DETPOST_INLINE void multiply_add(Floats& sum, const Floats& value, float weight) { sum = sum + value * weight; }
 
 // One field with a border of zeros one row and one slice thick and a stride with room for one column on either side.
@@ -736,6 +752,18 @@ struct Grid {
   int64_t size() const { return slice() * (axes == 3 ? depth + 2 : 1) + 2 * kTile; }
   int64_t row(int64_t z, int64_t y) const { return (axes == 3 ? z + 1 : z) * slice() + (y + 1) * stride() + kTile; }
 };
+
+// A plane is what a stencil reaches over by one: a row of an image, a slice of a volume. A pass over the planes of one
+// field can follow another at a distance of one, while what that one wrote is in the nearest cache.
+DETPOST_INLINE int64_t planes_of(const Grid& grid) { return grid.axes == 3 ? grid.depth : grid.height; }
+
+struct Rows {
+  int64_t z, first, last;
+};
+
+DETPOST_INLINE Rows rows_of_plane(const Grid& grid, int64_t plane) {
+  return grid.axes == 3 ? Rows{plane, 0, grid.height} : Rows{0, plane, plane + 1};
+}
 
 struct Limits {
   float lower, extent;  // extent 0: the field is flat
@@ -776,32 +804,51 @@ DETPOST_INLINE void clear_beyond(Floats& values, int64_t valid, float filler) {
   for (int64_t lane = valid; lane < kLanes; ++lane) values[lane] = filler;
 }
 
-static Range dilate(const Grid& grid, const float* bound, float* dilation, float weight) {
-  Floats least, greatest, sum;
-  fill(least, kInfinity);
-  fill(greatest, -kInfinity);
-  for (int64_t z = 0; z < grid.depth; ++z) {
-    for (int64_t y = 0; y < grid.height; ++y) {
-      const float* from = bound + grid.row(z, y);
-      float* to = dilation + grid.row(z, y);
-      for (int64_t x = 0; x < grid.width; x += kLanes) {
-        stencil_lanes(grid, from + x, weight, sum);
-        Floats low = sum, high = sum;
-        if (x + kLanes > grid.width) {
-          clear_beyond(low, grid.width - x, kInfinity);
-          clear_beyond(high, grid.width - x, -kInfinity);
-          clear_beyond(sum, grid.width - x, 0.0f);
-        }
-        store(to + x, sum);
-        least = low < least ? low : least;
-        greatest = high > greatest ? high : greatest;
-      }
+struct Extremes {
+  Floats least, greatest;
+};
+
+static void dilate_plane(const Grid& grid, int64_t plane, const float* bound, float* dilation, float weight,
+                         Extremes& extremes) {
+  const Rows rows = rows_of_plane(grid, plane);
+  Floats least = extremes.least, greatest = extremes.greatest, sum;
+  for (int64_t y = rows.first; y < rows.last; ++y) {
+    const float* from = bound + grid.row(rows.z, y);
+    float* to = dilation + grid.row(rows.z, y);
+    int64_t x = 0;
+    for (; x + kLanes <= grid.width; x += kLanes) {
+      stencil_lanes(grid, from + x, weight, sum);
+      store(to + x, sum);
+      least = sum < least ? sum : least;
+      greatest = sum > greatest ? sum : greatest;
+    }
+    if (x < grid.width) {
+      stencil_lanes(grid, from + x, weight, sum);
+      Floats low = sum, high = sum;
+      clear_beyond(low, grid.width - x, kInfinity);
+      clear_beyond(high, grid.width - x, -kInfinity);
+      clear_beyond(sum, grid.width - x, 0.0f);
+      store(to + x, sum);
+      least = low < least ? low : least;
+      greatest = high > greatest ? high : greatest;
     }
   }
-  Range range{least[0], greatest[0]};
+  extremes.least = least;
+  extremes.greatest = greatest;
+}
+
+DETPOST_INLINE Extremes no_extremes() {
+  Extremes extremes;
+  fill(extremes.least, kInfinity);
+  fill(extremes.greatest, -kInfinity);
+  return extremes;
+}
+
+DETPOST_INLINE Range range_of(const Extremes& extremes) {
+  Range range{extremes.least[0], extremes.greatest[0]};
   for (int lane = 1; lane < kLanes; ++lane) {
-    range.least = least[lane] < range.least ? least[lane] : range.least;
-    range.greatest = greatest[lane] > range.greatest ? greatest[lane] : range.greatest;
+    range.least = extremes.least[lane] < range.least ? extremes.least[lane] : range.least;
+    range.greatest = extremes.greatest[lane] > range.greatest ? extremes.greatest[lane] : range.greatest;
   }
   return range;
 }
@@ -826,28 +873,27 @@ DETPOST_INLINE double sum_lanes(const Floats& values) {
   return sum;
 }
 
-// Writes the stretched field, adds it to `field` (rows without a border) weighted, and gives its sum.
-static double stretch(const Grid& grid, const float* dilation, const Limits& limits, float* bound, float* field,
-                      float weight) {
+// Writes the stretched plane, adds it to `field` (rows without a border) weighted, and gives its sum.
+static double stretch_plane(const Grid& grid, int64_t plane, const float* dilation, const Limits& limits, float* bound,
+                            float* field, float weight) {
+  const Rows rows = rows_of_plane(grid, plane);
   double total = 0;
-  for (int64_t z = 0; z < grid.depth; ++z) {
-    for (int64_t y = 0; y < grid.height; ++y) {
-      const float* from = dilation + grid.row(z, y);
-      float* to = bound + grid.row(z, y);
-      Floats sum, values;
-      fill(sum, 0.0f);
-      for (int64_t x = 0; x < grid.width; x += kLanes) {
-        load(values, from + x);
-        stretch_lanes(values, limits);
-        if (x + kLanes > grid.width) clear_beyond(values, grid.width - x, 0.0f);
-        store(to + x, values);
-        sum += values;
-      }
-      total += sum_lanes(sum);
-      if (field) {
-        float* out = field + (z * grid.height + y) * grid.width;
-        for (int64_t x = 0; x < grid.width; ++x) out[x] += weight * to[x];
-      }
+  for (int64_t y = rows.first; y < rows.last; ++y) {
+    const float* from = dilation + grid.row(rows.z, y);
+    float* to = bound + grid.row(rows.z, y);
+    Floats sum, values;
+    fill(sum, 0.0f);
+    for (int64_t x = 0; x < grid.width; x += kLanes) {
+      load(values, from + x);
+      stretch_lanes(values, limits);
+      if (x + kLanes > grid.width) clear_beyond(values, grid.width - x, 0.0f);
+      store(to + x, values);
+      sum += values;
+    }
+    total += sum_lanes(sum);
+    if (field) {
+      float* out = field + (rows.z * grid.height + y) * grid.width;
+      for (int64_t x = 0; x < grid.width; ++x) out[x] += weight * to[x];
     }
   }
   return total;
@@ -880,10 +926,6 @@ static bool squared_error(const Grid& grid, const float* pred, const int64_t* ta
   return numbers;
 }
 
-struct StretchSums {
-  double gradient, product, maxima, minima;
-};
-
 // What a stretched element is made of: its height above the lower limit. Its quotient with the range is exactly 1 for the
 // range itself alone, and 0 for 0 alone, so that extremes are told without a division.
 DETPOST_INLINE void height_lanes(Floats& values, const Limits& limits) {
@@ -892,103 +934,103 @@ DETPOST_INLINE void height_lanes(Floats& values, const Limits& limits) {
   values = (values > lower ? values : lower) - lower;
 }
 
-// First pass back through a stretch: the sums that its limits' gradients are made of.
-static StretchSums stretch_sums(const Grid& grid, const float* gradient, const float* dilation, const Limits& limits) {
-  StretchSums total{0, 0, 0, 0};
-  const float scale = limits.extent == 0.0f ? 1.0f : 1.0f / limits.extent;
-  Floats top, none, one;
-  fill(top, limits.extent == 0.0f ? 1.0f : limits.extent);
+// The sums that the gradients of a stretch's limits are made of.
+struct StretchSums {
+  double gradient = 0, product = 0, maxima = 0, minima = 0;
+};
+
+// Adds a row of them: the gradient that comes back to the stretched row, and the row before the stretch.
+DETPOST_INLINE void add_row(const Grid& grid, const float* gradient, const float* dilation, const Limits& limits,
+                            StretchSums& total) {
+  Floats onto_sum, product, maxima, minima, top, none, one, height, onto;
   fill(none, 0.0f);
   fill(one, 1.0f);
-  for (int64_t z = 0; z < grid.depth; ++z) {
-    for (int64_t y = 0; y < grid.height; ++y) {
-      const float* grad = gradient + grid.row(z, y);
-      const float* from = dilation + grid.row(z, y);
-      Floats sums[4], values, onto;
-      for (Floats& sum : sums) fill(sum, 0.0f);
-      for (int64_t x = 0; x < grid.width; x += kLanes) {
-        load(values, from + x);
-        load(onto, grad + x);
-        onto = onto * scale;
-        height_lanes(values, limits);
-        Floats at_maximum = values >= top ? one : none, at_minimum = values <= none ? one : none;
-        if (x + kLanes > grid.width) {
-          const int64_t valid = grid.width - x;
-          clear_beyond(onto, valid, 0.0f);
-          clear_beyond(at_maximum, valid, 0.0f);
-          clear_beyond(at_minimum, valid, 0.0f);
-        }
-        sums[0] += onto;
-        sums[1] += onto * values;
-        sums[2] += at_maximum;
-        sums[3] += at_minimum;
-      }
-      total.gradient += sum_lanes(sums[0]);
-      total.product += sum_lanes(sums[1]) * scale;
-      total.maxima += sum_lanes(sums[2]);
-      total.minima += sum_lanes(sums[3]);
+  fill(top, limits.extent == 0.0f ? 1.0f : limits.extent);
+  onto_sum = product = maxima = minima = none;
+  for (int64_t x = 0; x < grid.width; x += kLanes) {
+    load(height, dilation + x);
+    load(onto, gradient + x);
+    height_lanes(height, limits);
+    Floats at_maximum = height >= top ? one : none, at_minimum = height <= none ? one : none;
+    if (x + kLanes > grid.width) {
+      clear_beyond(at_maximum, grid.width - x, 0.0f);  // `onto` is 0 there
+      clear_beyond(at_minimum, grid.width - x, 0.0f);
     }
+    onto_sum += onto;
+    product += onto * height;
+    maxima += at_maximum;
+    minima += at_minimum;
   }
-  return total;
+  total.gradient += sum_lanes(onto_sum);
+  total.product += sum_lanes(product);
+  total.maxima += sum_lanes(maxima);
+  total.minima += sum_lanes(minima);
 }
 
-// Second pass: the gradient of the dilation, in place; elements that share an extreme share its gradient equally.
-static void stretch_back(const Grid& grid, float* gradient, const float* dilation, const Limits& limits,
-                         const StretchSums& sums) {
-  const bool moves = limits.extent != 0.0f;  // the limits of a flat field are constants
-  const double onto_range = moves ? -sums.product : 0.0;
-  const double onto_minimum = moves ? -sums.gradient - onto_range : 0.0;
-  const float per_maximum = static_cast<float>(onto_range / (sums.maxima < 1 ? 1 : sums.maxima));
-  const float per_minimum = static_cast<float>(onto_minimum / (sums.minima < 1 ? 1 : sums.minima));
-  const float scale = moves ? 1.0f / limits.extent : 1.0f;
+// How the gradient goes back through a stretch; elements that share an extreme share its gradient equally.
+struct StretchShares {
+  float scale, per_maximum, per_minimum;
+};
+
+DETPOST_INLINE StretchShares shares_of(const StretchSums& sums, const Limits& limits) {
+  if (limits.extent == 0.0f) return {1.0f, 0.0f, 0.0f};  // the limits of a flat field are constants
+  const double scale = 1.0 / limits.extent;
+  const double onto_range = -sums.product * scale * scale;
+  const double onto_minimum = -sums.gradient * scale - onto_range;
+  return {static_cast<float>(scale), static_cast<float>(onto_range / (sums.maxima < 1 ? 1 : sums.maxima)),
+          static_cast<float>(onto_minimum / (sums.minima < 1 ? 1 : sums.minima))};
+}
+
+// In place: from the gradient of the stretched plane to that of the plane before.
+static void stretch_back_plane(const Grid& grid, int64_t plane, float* gradient, const float* dilation,
+                               const Limits& limits, const StretchShares& shares) {
   const float below_half = 0.5f - std::numeric_limits<float>::epsilon() / 4;  // at the threshold itself all passes
   Floats none, top, values, onto, half, maximum_share, minimum_share;
   fill(none, 0.0f);
-  fill(top, moves ? limits.extent : 1.0f);
+  fill(top, limits.extent == 0.0f ? 1.0f : limits.extent);
   fill(half, below_half);
-  fill(maximum_share, per_maximum);
-  fill(minimum_share, per_minimum);
-  for (int64_t z = 0; z < grid.depth; ++z) {
-    for (int64_t y = 0; y < grid.height; ++y) {
-      float* grad = gradient + grid.row(z, y);
-      const float* from = dilation + grid.row(z, y);
-      for (int64_t x = 0; x < grid.width; x += kLanes) {
-        load(values, from + x);
-        load(onto, grad + x);
-        onto = onto * scale;
-        Floats height = values;
-        height_lanes(height, limits);
-        onto = onto + (height >= top ? maximum_share : none) + (height <= none ? minimum_share : none);
-        onto = values > half ? onto : none;
-        if (x + kLanes > grid.width) clear_beyond(onto, grid.width - x, 0.0f);
-        store(grad + x, onto);
-      }
+  fill(maximum_share, shares.per_maximum);
+  fill(minimum_share, shares.per_minimum);
+  const Rows rows = rows_of_plane(grid, plane);
+  for (int64_t y = rows.first; y < rows.last; ++y) {
+    float* grad = gradient + grid.row(rows.z, y);
+    const float* from = dilation + grid.row(rows.z, y);
+    for (int64_t x = 0; x < grid.width; x += kLanes) {
+      load(values, from + x);
+      load(onto, grad + x);
+      Floats height = values;
+      height_lanes(height, limits);
+      onto = onto * shares.scale + (height >= top ? maximum_share : none) + (height <= none ? minimum_share : none);
+      onto = values > half ? onto : none;
+      if (x + kLanes > grid.width) clear_beyond(onto, grid.width - x, 0.0f);
+      store(grad + x, onto);
     }
   }
 }
 
 // The stencil is symmetric, so it is its own transpose; `cotangent` (rows without a border, or null for ones) is what
-// the loss hands to this step's result directly.
-static void stencil_back(const Grid& grid, const float* from, float* to, float stencil_weight, const float* cotangent,
-                         float weight) {
+// the loss hands to this step's result directly. Adds the sums of the stretch before it, unless that is null.
+static void stencil_back_plane(const Grid& grid, int64_t plane, const float* from, float* to, float stencil_weight,
+                               const float* cotangent, float weight, const float* dilation, const Limits* limits,
+                               StretchSums& sums) {
   Floats sum, direct;
-  for (int64_t z = 0; z < grid.depth; ++z) {
-    for (int64_t y = 0; y < grid.height; ++y) {
-      const float* source = from + grid.row(z, y);
-      float* out = to + grid.row(z, y);
-      for (int64_t x = 0; x < grid.width; x += kLanes) {
-        stencil_lanes(grid, source + x, stencil_weight, sum);
-        fill(direct, weight);
-        const int64_t valid = grid.width - x < kLanes ? grid.width - x : kLanes;
-        if (cotangent) {
-          const float* given = cotangent + (z * grid.height + y) * grid.width + x;
-          for (int64_t lane = 0; lane < valid; ++lane) direct[lane] = weight * given[lane];
-        }
-        sum = sum + direct;
-        if (valid < kLanes) clear_beyond(sum, valid, 0.0f);
-        store(out + x, sum);
+  const Rows rows = rows_of_plane(grid, plane);
+  for (int64_t y = rows.first; y < rows.last; ++y) {
+    const float* source = from + grid.row(rows.z, y);
+    float* out = to + grid.row(rows.z, y);
+    for (int64_t x = 0; x < grid.width; x += kLanes) {
+      stencil_lanes(grid, source + x, stencil_weight, sum);
+      fill(direct, weight);
+      const int64_t valid = grid.width - x < kLanes ? grid.width - x : kLanes;
+      if (cotangent) {
+        const float* given = cotangent + (rows.z * grid.height + y) * grid.width + x;
+        for (int64_t lane = 0; lane < valid; ++lane) direct[lane] = weight * given[lane];
       }
+      sum = sum + direct;
+      if (valid < kLanes) clear_beyond(sum, valid, 0.0f);
+      store(out + x, sum);
     }
+    if (dilation) add_row(grid, out, dilation + grid.row(rows.z, y), *limits, sums);
   }
 }
 
@@ -1017,7 +1059,7 @@ static void erode_field(const void* data, int64_t index) {
   const int64_t number = index % of.classes;
   float* field = of.field ? of.field + index * elements : nullptr;
   const int64_t size = grid.size();
-  const int kept = of.gradient ? of.steps : 1;
+  const int kept = of.gradient ? of.steps : 2;
   float* bound = scratch.take<float>(0, size);
   float* dilations = scratch.take<float>(1, size * kept);
   Limits* limits = scratch.take<Limits>(2, of.steps);
@@ -1034,11 +1076,27 @@ static void erode_field(const void* data, int64_t index) {
     if (of.totals) of.totals[index] = total;
     return;
   }
+  const int64_t planes = planes_of(grid);
+  Extremes extremes = no_extremes();
+  for (int64_t plane = 0; plane < planes; ++plane) {
+    dilate_plane(grid, plane, bound, dilations, of.stencil_weight, extremes);
+  }
   for (int step = 0; step < of.steps; ++step) {
-    float* dilation = dilations + (kept > 1 ? step : 0) * size;
-    limits[step] = limits_of(dilate(grid, bound, dilation, of.stencil_weight));
+    // Two fields take turns where no gradient is wanted, since the one is read while the other is written.
+    const float* dilation = dilations + (of.gradient ? step : step % 2) * size;
+    float* next = dilations + (of.gradient ? step + 1 : (step + 1) % 2) * size;
+    limits[step] = limits_of(range_of(extremes));
+    extremes = no_extremes();
     const double weight = of.weights[step];
-    total += weight * stretch(grid, dilation, limits[step], bound, field, static_cast<float>(weight));
+    const bool is_last = step + 1 == of.steps;
+    double sum = 0;
+    for (int64_t plane = 0; plane <= planes; ++plane) {
+      if (plane < planes) {
+        sum += stretch_plane(grid, plane, dilation, limits[step], bound, field, static_cast<float>(weight));
+      }
+      if (plane > 0 && !is_last) dilate_plane(grid, plane - 1, bound, next, of.stencil_weight, extremes);
+    }
+    total += weight * sum;
   }
   if (of.totals) of.totals[index] = total;
 
@@ -1048,13 +1106,27 @@ static void erode_field(const void* data, int64_t index) {
     std::memset(gradient, 0, size * sizeof *gradient);
     std::memset(bound, 0, size * sizeof *bound);
     float *from = gradient, *to = bound;
+    StretchSums sums;
     fill_rows(grid, from, cotangent, static_cast<float>(of.weights[of.steps - 1]));
+    for (int64_t z = 0; z < grid.depth; ++z) {
+      for (int64_t y = 0; y < grid.height; ++y) {
+        const int64_t at = grid.row(z, y);
+        add_row(grid, from + at, dilations + (of.steps - 1) * size + at, limits[of.steps - 1], sums);
+      }
+    }
     for (int step = of.steps - 1; step >= 0; --step) {
       const float* dilation = dilations + step * size;
-      const StretchSums sums = stretch_sums(grid, from, dilation, limits[step]);
-      stretch_back(grid, from, dilation, limits[step], sums);
-      stencil_back(grid, from, to, of.stencil_weight, cotangent,
-                   step ? static_cast<float>(of.weights[step - 1]) : 0.0f);
+      const float* before = step ? dilation - size : nullptr;
+      const float weight = step ? static_cast<float>(of.weights[step - 1]) : 0.0f;
+      const StretchShares shares = shares_of(sums, limits[step]);
+      sums = StretchSums();
+      for (int64_t plane = 0; plane <= planes; ++plane) {
+        if (plane < planes) stretch_back_plane(grid, plane, from, dilation, limits[step], shares);
+        if (plane > 0) {
+          stencil_back_plane(grid, plane - 1, from, to, of.stencil_weight, cotangent, weight, before,
+                             step ? &limits[step - 1] : nullptr, sums);
+        }
+      }
       float* swap = from;
       from = to;
       to = swap;

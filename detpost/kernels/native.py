@@ -20,7 +20,7 @@ from torch import Tensor
 from detpost.detections import Detections
 from detpost.spec import DecodeSpec
 
-__all__ = ["boundary_distance", "decode", "erosion", "missing", "select", "squared_distance", "uses_avx2"]
+__all__ = ["boundary_distance", "decode", "erosion", "id_range", "missing", "select", "squared_distance", "uses_avx2"]
 
 _INTERFACE = 1
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -38,6 +38,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
         *(c_void_p, c_void_p, c_int64, c_int64, c_int64, c_int64, c_int64, c_int, c_float),
         *(c_void_p, c_int, c_void_p, c_void_p, c_void_p, c_void_p, c_int),
     ),
+    "detpost_range": (c_void_p, c_int64, c_void_p),
     "detpost_distance": (
         *(c_void_p, c_int64, c_int64, c_int64, c_int64, c_float, c_float, c_float, c_int, c_void_p, c_int),
     ),
@@ -227,6 +228,7 @@ def _decode_fake(
 def erosion(
     pred: Tensor,
     target: Tensor,
+    classes: Tensor,
     weights: Sequence[float],
     stencil_weight: float,
     axes: int,
@@ -239,6 +241,7 @@ def erosion(
     Args:
         pred: (B, C, *spatial), float32, on the CPU.
         target: (B, 1, *spatial), int64.
+        classes: (C,), 0 ... C - 1: the check of the ids is a part of a compiled graph through it alone.
         weights: of each erosion's result in the sum.
         stencil_weight: of each tap of the stencil.
         axes: 2 or 3.
@@ -251,7 +254,7 @@ def erosion(
         with respect to ``pred`` (B, C, *spatial), finite. Of the last two, what is not wanted has shape (0,).
     """
     found: tuple[Tensor, Tensor, Tensor] = torch.ops.detpost.native_erosion(
-        pred, target, weights, stencil_weight, axes, cotangent, want_field, want_gradient
+        pred, target, classes, weights, stencil_weight, axes, cotangent, want_field, want_gradient
     )
     return found
 
@@ -259,6 +262,7 @@ def erosion(
 def _erosion(
     pred: Tensor,
     target: Tensor,
+    classes: Tensor,
     weights: Sequence[float],
     stencil_weight: float,
     axes: int,
@@ -267,16 +271,16 @@ def _erosion(
     want_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     pred, target = pred.contiguous(), target.contiguous()
-    batch, classes, *sides = pred.shape
+    batch, channels, *sides = pred.shape
     depth, height, width = (1, *sides)[-3:]
     steps = (c_double * len(weights))(*weights)
-    totals = torch.empty((batch, classes), dtype=torch.float64)
+    totals = torch.empty((batch, channels), dtype=torch.float64)
     field = torch.empty_like(pred) if want_field else pred.new_empty(0)
     gradient = torch.empty_like(pred) if want_gradient else pred.new_empty(0)
     given = cotangent.contiguous() if cotangent is not None else None
     if pred.numel():
         _function("detpost_erosion")(
-            *(pred.data_ptr(), target.data_ptr(), batch, classes, depth, height, width, axes, stencil_weight),
+            *(pred.data_ptr(), target.data_ptr(), batch, channels, depth, height, width, axes, stencil_weight),
             *(steps, len(weights), totals.data_ptr(), field.data_ptr() if want_field else None),
             *(given.data_ptr() if given is not None else None, gradient.data_ptr() if want_gradient else None),
             _threads(),
@@ -287,6 +291,7 @@ def _erosion(
 def _erosion_fake(
     pred: Tensor,
     target: Tensor,
+    classes: Tensor,
     weights: Sequence[float],
     stencil_weight: float,
     axes: int,
@@ -301,6 +306,14 @@ def _erosion_fake(
         whole if want_field else nothing,
         torch.empty_like(whole) if want_gradient else torch.empty_like(nothing),
     )
+
+
+def id_range(ids: Tensor) -> tuple[int, int]:
+    """Give the least and the greatest of int64 ids on the CPU, at least one."""
+    ids = ids.contiguous()
+    found = (c_int64 * 2)()
+    _function("detpost_range")(ids.data_ptr(), ids.numel(), found)
+    return found[0], found[1]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -363,8 +376,8 @@ for _schema, _kernel, _fake in (
         _decode_fake,
     ),
     (
-        "native_erosion(Tensor pred, Tensor target, float[] weights, float stencil_weight, int axes, Tensor? cotangent,"
-        " bool want_field, bool want_gradient) -> (Tensor, Tensor, Tensor)",
+        "native_erosion(Tensor pred, Tensor target, Tensor classes, float[] weights, float stencil_weight, int axes, "
+        "Tensor? cotangent, bool want_field, bool want_gradient) -> (Tensor, Tensor, Tensor)",
         _erosion,
         _erosion_fake,
     ),

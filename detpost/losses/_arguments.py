@@ -8,6 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from detpost import kernels
+from detpost.kernels import native
+
 REDUCTIONS = ("mean", "sum", "none")
 
 
@@ -51,13 +54,21 @@ def class_numbers(ids: Tensor, num_classes: int) -> Tensor:
 def _refuse_ids_out_of_range(ids: Tensor, num_classes: int) -> Tensor:
     expected = f"target must hold class ids in [0, {num_classes})"
     fix = "map ignored elements to a class, or give pred one channel per class"
-    lowest, highest = ids.amin(), ids.amax()
     if ids.device.type == "cpu":
-        if int(lowest) < 0 or int(highest) >= num_classes:
-            raise ValueError(f"{expected}; got ids from {int(lowest)} to {int(highest)}: {fix}")
+        lowest, highest = _range_on_cpu(ids)
+        if lowest < 0 or highest >= num_classes:
+            raise ValueError(f"{expected}; got ids from {lowest} to {highest}: {fix}")
     else:
+        lowest, highest = ids.amin(), ids.amax()
         torch._assert_async((lowest >= 0) & (highest < num_classes), f"{expected}; got an id outside it: {fix}")
     return torch.zeros((), dtype=torch.int64, device=ids.device)
+
+
+def _range_on_cpu(ids: Tensor) -> tuple[int, int]:
+    if ids.dtype == torch.int64 and kernels.kind_for("cpu") == "native":
+        return native.id_range(ids)
+    lowest, highest = torch.aminmax(ids)
+    return int(lowest), int(highest)
 
 
 @_refuse_ids_out_of_range.register_fake

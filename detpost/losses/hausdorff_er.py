@@ -155,7 +155,7 @@ def _hausdorff_er(pred: Tensor, target: Tensor, alpha: float, k: int, reduction:
     keep_field = reduction == "none"
     classes = class_numbers(target, pred.shape[1])
     if kernels.for_losses(values) == "native":
-        total = _NativeErosion.apply(values, target, classes, weights, axes, keep_field)[0]
+        total = _NativeErosion.apply(values, target.to(torch.int64), classes, weights, axes, keep_field)[0]
     else:
         # Exporters read plain operators and no autograd function; its forward is the same call.
         erode = _erode if exporting() else _Erosion.apply
@@ -277,38 +277,37 @@ class _NativeErosion(torch.autograd.Function):
     def forward(
         pred: Tensor, target: Tensor, classes: Tensor, weights: Sequence[float], axes: int, keep_field: bool
     ) -> tuple[Tensor, ...]:
-        ids = target.to(torch.int64) + 0 * classes[0]  # the check of the ids is a part of the graph through `classes`
-        want_gradient = not keep_field
         stencil = _STENCIL_WEIGHT[axes]
-        sums, field, unit = native.erosion(pred, ids, weights, stencil, axes, None, keep_field, want_gradient)
-        return field if keep_field else sums.reshape(*sums.shape, *[1] * axes), unit, ids
+        sums, field, unit = native.erosion(
+            pred, target, classes, weights, stencil, axes, None, keep_field, not keep_field
+        )
+        return field if keep_field else sums.reshape(*sums.shape, *[1] * axes), unit
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        pred, _, classes, ctx.weights, ctx.axes, ctx.keep_field = inputs
-        total, unit, ids = output
-        ctx.mark_non_differentiable(unit, ids)
+        pred, target, classes, ctx.weights, ctx.axes, ctx.keep_field = inputs
+        total, unit = output
+        ctx.mark_non_differentiable(unit)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(pred, ids, classes, total, unit)
+        ctx.save_for_backward(pred, target, classes, total, unit)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None, None, None, None]:
         if grads[0] is None:
             return None, None, None, None, None, None
-        pred, ids, classes, total, unit = ctx.saved_tensors
+        pred, target, classes, total, unit = ctx.saved_tensors
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             # A gradient of the gradient is wanted: the plain form has one.
-            again = _Erosion.apply(pred, ids, classes, ctx.weights, ctx.axes, ctx.keep_field)[0]
+            again = _Erosion.apply(pred, target, classes, ctx.weights, ctx.axes, ctx.keep_field)[0]
             (gradient,) = torch.autograd.grad(again, pred, grads[0], create_graph=True)
             return gradient, None, None, None, None, None
+        poison = (grads[0].sum() + total.sum()) * 0  # as in the plain form; the kernel's own gradients are finite
         if ctx.keep_field:
             stencil = _STENCIL_WEIGHT[ctx.axes]
-            found = native.erosion(pred, ids, ctx.weights, stencil, ctx.axes, grads[0], False, True)
-            gradient = found[2]
-        else:
-            gradient = unit * grads[0]
-        poison = (grads[0].sum() + total.sum()) * 0  # as in the plain form
-        return torch.nan_to_num(gradient) + poison, None, None, None, None, None
+            found = native.erosion(pred, target, classes, ctx.weights, stencil, ctx.axes, grads[0], False, True)
+            return found[2] + poison, None, None, None, None, None
+        largest = torch.finfo(unit.dtype).max
+        return (unit * (grads[0] + poison)).clamp(-largest, largest), None, None, None, None, None
 
 
 def _erosion_gradient(grad: Tensor, weights: Sequence[float], saved: Sequence[Tensor], axes: int) -> Tensor:
