@@ -211,16 +211,18 @@ def _model_files(model: str | Path) -> list[Path]:
 
 def _hub_commit(name: str) -> str:
     """Find which commit of a hub id this machine has or is given."""
-    from detpost.integrations.transformers import load_detector
-
-    with contextlib.suppress(ImportError, OSError, ValueError):
+    try:
         from transformers.utils import cached_file
-
-        found = cached_file(name, "config.json")
-        if found is not None and Path(found).parent.parent.name == "snapshots":
-            return Path(found).parent.name
-    load_detector(name)  # says in one line what is wrong
-    return "unknown"
+    except ImportError:
+        raise ImportError("transformers detectors need transformers: pip install 'detpost[hf]'") from None
+    try:
+        found = Path(cached_file(name, "config.json") or "")
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise OSError(
+            f"no detector at {name!r}, neither a file, a transformers directory nor a hub id: {reason}"
+        ) from error
+    return found.parent.name if found.parent.parent.name == "snapshots" else "unknown"
 
 
 def _digest(files: Sequence[Path]) -> str:

@@ -501,3 +501,19 @@ def test_an_argument_out_of_range_is_one_line(tmp_path, options, pattern):
 def test_a_missing_model_file_is_one_line(tmp_path):
     with pytest.raises(OSError, match=r"no file missing\.onnx"):
         detect([SAMPLES], tmp_path, model="missing.onnx")
+
+
+def test_a_hub_id_goes_by_its_commit_and_one_that_is_not_there_is_one_line(tmp_path, monkeypatch):
+    import transformers.utils
+
+    def missing(name, file):
+        raise OSError("We couldn't connect\nto the hub")
+
+    monkeypatch.setattr(transformers.utils, "cached_file", missing)
+    with pytest.raises(OSError, match="no detector at 'no/such', neither a file, .*: We couldn't connect$") as caught:
+        detect([SAMPLES], tmp_path / "out", model="no/such")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+    place = "/cache/models--a--b/snapshots/0123abc/config.json"
+    monkeypatch.setattr(transformers.utils, "cached_file", lambda name, file: place)
+    assert subject._settings("a/b", "eager", 0.5)["model_identity"] == "commit 0123abc"
