@@ -45,9 +45,11 @@ def select(scores: Tensor, k: int) -> Tensor | None:
         (B, min(k, N)), int64, or ``None`` where a row has NaN or too many ties.
     """
     kept = min(k, scores.shape[1])
-    rows = scores.to(torch.float32).numpy()
+    if 0 in (len(scores), kept):
+        return None
+    rows = scores.detach().to(torch.float32).numpy()
     chosen = [_best_of_row(row, kept) for row in rows]
-    if not chosen or any(indices is None for indices in chosen):
+    if any(indices is None for indices in chosen):
         return None
     return torch.from_numpy(np.stack(chosen))  # type: ignore[arg-type]
 
@@ -66,9 +68,11 @@ def decode(logits: Tensor, boxes: Tensor, image_sizes: Tensor | None, spec: Deco
     """
     batch, queries, classes = logits.shape
     kept = min(spec.top_k, queries * classes)
-    rows = logits.to(torch.float32).numpy().reshape(batch, queries * classes)
-    corners_of = boxes.to(torch.float32).numpy()
-    sizes = None if image_sizes is None else image_sizes.to(torch.float32).numpy()
+    if 0 in (batch, kept):
+        return None
+    rows = logits.detach().to(torch.float32).numpy().reshape(batch, queries * classes)
+    corners_of = boxes.detach().to(torch.float32).numpy()
+    sizes = None if image_sizes is None else image_sizes.detach().to(torch.float32).numpy()
     scores = np.empty((batch, kept), np.float32)
     labels = np.empty((batch, kept), np.int64)
     corners = np.empty((batch, kept, 4), np.float32)
