@@ -510,7 +510,7 @@ def test_a_hub_id_goes_by_its_commit_and_one_that_is_not_there_is_one_line(tmp_p
         raise OSError("We couldn't connect\nto the hub")
 
     monkeypatch.setattr(transformers.utils, "cached_file", missing)
-    with pytest.raises(OSError, match="no detector at 'no/such', neither a file, .*: We couldn't connect$") as caught:
+    with pytest.raises(OSError, match=r"no detector at 'no/such', neither a file, .*: We couldn't connect$") as caught:
         detect([SAMPLES], tmp_path / "out", model="no/such")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
