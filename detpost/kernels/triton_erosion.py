@@ -28,6 +28,7 @@ _BLOCK = 512
 # Programs per field: each reads the parts that all of them left, so there must not be too many.
 _MAX_PROGRAMS = 256
 _MAX_ELEMENTS = 2**31 - 1
+_MAX_FIELDS = 65535  # the second dimension of a CUDA grid
 
 # The constants of losses/hausdorff_er.py, as float32 has them.
 _WEIGHT_2D = tl.constexpr(13421773 / 2**26)
@@ -46,8 +47,8 @@ def supported(pred: Tensor, target: Tensor) -> bool:
         target: (B, 1, ...), integer.
 
     Returns:
-        True for a float32 ``pred`` that is not empty, with at most 2**31 - 1 elements to a field, on a CUDA device (on
-        the CPU under ``TRITON_INTERPRET=1``).
+        True for a float32 ``pred`` that is not empty, with at most 65535 fields (B * C) of at most 2**31 - 1 elements
+        each, on a CUDA device (on the CPU under ``TRITON_INTERPRET=1``).
     """
     return (
         pred.ndim in (4, 5)
@@ -55,6 +56,7 @@ def supported(pred: Tensor, target: Tensor) -> bool:
         and runs_on(pred.device)
         and target.device == pred.device
         and pred.numel() > 0
+        and pred.shape[0] * pred.shape[1] <= _MAX_FIELDS
         and math.prod(pred.shape[2:]) <= _MAX_ELEMENTS
     )
 

@@ -318,13 +318,10 @@ def _mean(low, high):
 
 @jit
 def _narrowed(low, high, middle, reaching, count, enough):
-    """Narrow a bisection in which ``low`` is always reached by ``count``; close it where ``enough`` do not exceed it.
-
-    To end with "above middle - 1" is to end with "at least middle".
-    """
+    """Narrow a bisection in which at least ``count`` reach ``low``; close it where ``enough`` do at the most."""
     is_reached = reaching >= count
     is_close = is_reached & (reaching <= enough)
-    next_low = tl.where(is_close, middle - 1, tl.where(is_reached, middle, low))
+    next_low = tl.where(is_reached, middle, low)
     next_high = tl.where(is_close | (reaching < count), middle, high)
     return next_low, next_high
 

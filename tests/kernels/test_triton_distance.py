@@ -67,6 +67,16 @@ def test_one_far_zero_and_one_far_one(device, monkeypatch):
 
 
 @on_each_device
+def test_the_walk_does_not_stop_before_the_nearest(device, monkeypatch):
+    """The end of the first row is 10 from the zero of that row, and 9 from one beyond the walk's first step."""
+    monkeypatch.setattr(triton_distance, "_TILE", 16)  # each row is a block
+    mask = torch.ones(1, 1, 10, 11, dtype=torch.bool)
+    mask[0, 0, 0, 0] = mask[0, 0, 9, 10] = False
+    assert plain.squared_distance(mask, (1.0, 1.0))[0][0, 0, 0, 10] == 81
+    hold(torch.cat([mask, mask.flip(2)], 1), (1.0, 1.0), device)
+
+
+@on_each_device
 def test_compiles_whole_and_takes_any_strides(device):
     mask = (torch.rand(1, 2, 6, 5) < 0.7).to(device).transpose(2, 3)
     actual = compiled_whole(lambda inside: squared_distance(~~inside, (1.0, 2.0))[0] * 1)(mask)
