@@ -30,7 +30,7 @@ __all__ = ["InstanceMasks", "MaskStyle", "masks_per_image", "to_rle"]
 
 MaskStyle = Literal["rfdetr", "dfine_seg"]
 
-_MAX_BYTES = 32 * 2**20
+_MAX_BYTES = 64 * 2**20
 
 
 class InstanceMasks(nn.Module):

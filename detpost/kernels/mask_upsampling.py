@@ -3,11 +3,15 @@
 ``F.interpolate(logits, size, mode="bilinear", align_corners=False)`` is two passes of linear interpolation. Along x it
 makes few numbers (as many rows as the logits have), so it is left to ``F.interpolate``. Along y it makes all of them,
 and each is needed for one comparison only: here a band of output rows between the same two source rows is blended and
-compared while it is still in the cache.
+compared while it is still in the cache. A band is small enough for PyTorch to run it on the calling thread, and threads
+take whole masks: had each operation its own parallel loop, tens of thousands of barriers would make it slow wherever
+the cores are not idle.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
 
 import torch
@@ -15,6 +19,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 __all__ = ["upsample_and_compare"]
+
+# PyTorch runs elementwise operations on fewer numbers than this on one thread (at::internal::GRAIN_SIZE).
+_SERIAL = 32768
 
 
 def upsample_and_compare(
@@ -39,16 +46,14 @@ def upsample_and_compare(
     if masks.numel() == 0:
         return masks
     separable = values.device.type == "cpu"
-    bands = _bands(source_height, height)
-    longest = max(stop - start for start, stop, _, _ in bands)
-    per_mask = 4 * width * ((source_height + longest) if separable else height)
-    step = max(1, max_bytes // per_mask)
-    weights = _weights(source_height, height, values.device).unsqueeze(-1)  # (height, 1)
+    step = max(1, max_bytes // (4 * width * (source_height if separable else height)))
     for begin in range(0, count, step):
         chunk = values[begin : begin + step].to(torch.float32)
         out = masks[begin : begin + step, 0]
         if separable:
-            _blend(chunk, out, bands, weights, longest, threshold, inclusive)
+            rows = F.interpolate(chunk, size=width, mode="linear", align_corners=False)  # (n, source height, width)
+            _blend_all(rows, out, threshold, inclusive)
+            del rows
         else:
             upsampled = F.interpolate(chunk.unsqueeze(1), size=size, mode="bilinear", align_corners=False)[:, 0]
             (torch.ge if inclusive else torch.gt)(upsampled, threshold, out=out)
@@ -58,43 +63,63 @@ def upsample_and_compare(
     return masks
 
 
+def _blend_all(rows: Tensor, out: Tensor, threshold: float, inclusive: bool) -> None:
+    """Blend rows (n, source height, width) to masks (n, height, width), a share of the masks on each thread."""
+    count, source_height, width = rows.shape
+    bands = _bands(source_height, out.shape[1], max(1, (_SERIAL - 1) // width))
+    lower = _positions(source_height, out.shape[1]).frac().unsqueeze(-1)
+    sizes = [size for size, _, _ in bands]
+    weights = list(zip(torch.split(lower, sizes), torch.split(1 - lower, sizes), strict=True))
+    is_inference = torch.is_inference_mode_enabled()  # each thread has its own mode
+
+    def blend(first: int, last: int) -> None:
+        with torch.inference_mode(is_inference), torch.no_grad():
+            scratch = torch.empty((max(sizes), width))
+            views = {size: scratch[:size] for size in set(sizes)}
+            for sources, mask in zip(rows[first:last], out[first:last], strict=True):
+                _blend(sources.split(1), mask.split(sizes), bands, weights, views, threshold, inclusive)
+
+    workers = min(torch.get_num_threads(), count)
+    if workers == 1:
+        blend(0, count)
+        return
+    limits = [count * part // workers for part in range(workers + 1)]
+    with ThreadPoolExecutor(workers) as pool:
+        list(pool.map(blend, limits[:-1], limits[1:]))
+
+
 def _blend(
-    chunk: Tensor,
-    out: Tensor,
-    bands: list[tuple[int, int, int, int]],
-    weights: Tensor,
-    longest: int,
+    sources: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    bands: list[tuple[int, int, int]],
+    weights: list[tuple[Tensor, Tensor]],
+    views: dict[int, Tensor],
     threshold: float,
     inclusive: bool,
 ) -> None:
     compare = torch.ge if inclusive else torch.gt
-    rows = F.interpolate(chunk, size=out.shape[2], mode="linear", align_corners=False)  # (n, source height, width)
-    scratch = torch.empty((chunk.shape[0], longest, out.shape[2]))
-    for start, stop, upper, lower in bands:
-        band, share = scratch[:, : stop - start], weights[start:stop]
+    for (size, upper, lower), (lower_weight, upper_weight), target in zip(bands, weights, targets, strict=True):
+        band = views[size]
         # One rounded product and one fused multiply-add, as in the compiled F.interpolate: the same bits.
-        torch.mul(rows[:, lower : lower + 1], share, out=band)
-        band.addcmul_(rows[:, upper : upper + 1], 1 - share)
-        compare(band, threshold, out=out[:, start:stop])
-
-
-def _weights(source: int, target: int, device: torch.device) -> Tensor:
-    """Give the weight of the lower of the two source rows of each target row, in F.interpolate's own arithmetic."""
-    return _positions(source, target).frac().to(device)
+        torch.mul(sources[lower], lower_weight, out=band)
+        band.addcmul_(sources[upper], upper_weight)
+        compare(band, threshold, out=target)
 
 
 def _positions(source: int, target: int) -> Tensor:
+    """Give where each target row lies among the source rows, in F.interpolate's own arithmetic."""
     ratio = torch.tensor(source, dtype=torch.float32) / target
     return ((torch.arange(target, dtype=torch.float32) + 0.5) * ratio - 0.5).clamp(min=0)
 
 
-def _bands(source: int, target: int) -> list[tuple[int, int, int, int]]:
-    """Group target rows by their source rows: (first, last + 1, upper source row, lower source row)."""
+def _bands(source: int, target: int, most: int) -> list[tuple[int, int, int]]:
+    """Group target rows by their source rows, at most so many together: (how many, upper row, lower row)."""
     upper = _positions(source, target).to(torch.int64).clamp(max=source - 1).tolist()
-    groups = [
-        (row, [place for place, _ in group]) for row, group in groupby(enumerate(upper), key=lambda pair: pair[1])
-    ]
-    return [(places[0], places[-1] + 1, row, min(row + 1, source - 1)) for row, places in groups]
+    bands = []
+    for row, group in groupby(upper):
+        length, lower = len(list(group)), min(row + 1, source - 1)
+        bands += [(min(most, length - start), row, lower) for start in range(0, length, most)]
+    return bands
 
 
 def _crop(masks: Tensor, boxes: Tensor) -> None:
