@@ -108,7 +108,8 @@ class OperatorTests:
     def test_export(self):
         arguments = self.arguments(torch.float32)
         program = torch.export.export(AsModule(self.operator), arguments)
-        assert_same(program.module()(*arguments), self.operator(*arguments))
+        # What is exported takes the plain way, which may round otherwise than a kernel; whole numbers are exact.
+        torch.testing.assert_close(program.module()(*arguments), self.operator(*arguments), equal_nan=True)
         mutable = [n.target for n in program.graph.nodes if n.op == "call_function" and _writes(n.target)]
         assert not mutable, mutable
 

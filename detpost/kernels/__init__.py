@@ -73,7 +73,7 @@ def _kind_for(forced: str, device: str) -> str:
     return "aten"
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _constant_kind_for(device: str) -> str:
     return kind_for(device)
 
@@ -85,7 +85,7 @@ def _kind() -> Any:
 
 def _writes_a_graph() -> bool:
     """Whether a graph is being recorded for another runtime, which has plain operators only."""
-    return torch.jit.is_tracing() or torch.compiler.is_exporting()  # ONNX export goes through one of them
+    return torch._C._is_tracing() or torch.compiler.is_exporting()  # ONNX export goes through one of them
 
 
 def _is_transformed() -> bool:

@@ -202,11 +202,24 @@ struct ErosionArguments {
 };
 
 struct DistanceArguments {
-  const void* values;  // (fields, depth, height, width): bytes, or float32 that are inside above 0.5
+  const void* values;  // (fields, depth, height, width): bytes, or float32 that are inside above the threshold
   int64_t depth, height, width;
-  float steps[3];  // along depth, height, width
-  int both_sides;  // distance to the other side from either, 0 where there is none
-  float* out;      // squared distances
+  float steps[3];   // along depth, height, width
+  int both_sides;   // distance to the other side from either, 0 where there is none
+  float threshold;  // of the floats, with both sides
+  float* out;       // squared distances
+};
+
+struct WeightedErrorArguments {
+  const float* values;  // (fields, elements): probabilities, or logits with `sigmoid`
+  const float* truth;
+  const float* of_truth;  // squared distances of the truth's boundary
+  float* of_values;       // those of the prediction's; overwritten with the gradient
+  int64_t elements, chunks;  // of a field
+  double exponent, factor;   // weight = factor * squared distance ^ exponent
+  float limit;
+  int sigmoid;
+  double* sums;  // (fields, chunks)
 };
 
 // For each mask of 8 lanes, the numbers of its set lanes, lowest first.
@@ -340,10 +353,10 @@ DETPOST_EXPORT void detpost_erosion(const float* pred, const int64_t* target, in
 }
 
 DETPOST_EXPORT void detpost_distance(const void* values, int64_t fields, int64_t depth, int64_t height, int64_t width,
-                                     float step_depth, float step_height, float step_width, int both_sides, float* out,
-                                     int threads) {
-  const DistanceArguments arguments{values, depth, height, width, {step_depth, step_height, step_width}, both_sides,
-                                    out};
+                                     float step_depth, float step_height, float step_width, int both_sides,
+                                     float threshold, float* out, int threads) {
+  const DistanceArguments arguments{values,     depth,     height, width, {step_depth, step_height, step_width},
+                                    both_sides, threshold, out};
   const int64_t rows = fields * depth * height;
   if (rows * width < (1 << 14)) threads = 1;
   const RowsPerTask per_row{arguments, rows};
@@ -356,6 +369,15 @@ DETPOST_EXPORT void detpost_distance(const void* values, int64_t fields, int64_t
   }
   const RowsPerTask finish{arguments, rows};
   if (both_sides) start(DETPOST_BOTH(distance_finish), finish, (rows + kRowsPerTask - 1) / kRowsPerTask, threads);
+}
+
+DETPOST_EXPORT void detpost_weighted_error(const float* values, const float* truth, const float* of_truth,
+                                           float* of_values, int64_t fields, int64_t elements, int64_t chunks,
+                                           double exponent, double factor, float limit, int sigmoid, double* sums,
+                                           int threads) {
+  const WeightedErrorArguments arguments{values,   truth,  of_truth, of_values, elements, chunks,
+                                         exponent, factor, limit,    sigmoid,   sums};
+  start(DETPOST_BOTH(weighted_error), arguments, fields * chunks, fields * elements < (1 << 14) ? 1 : threads);
 }
 
 #else  // the kernels, once per instruction set
@@ -1164,7 +1186,7 @@ static void distance_rows(const void* data, int64_t task) {
   for (int64_t row = task * kRowsPerTask; row < last; ++row) {
     if (of.both_sides) {
       const float* values = static_cast<const float*>(of.values) + row * width;
-      for (int64_t x = 0; x < width; ++x) inside[x] = values[x] > 0.5f;
+      for (int64_t x = 0; x < width; ++x) inside[x] = values[x] > of.threshold;
     } else {
       const uint8_t* values = static_cast<const uint8_t*>(of.values) + row * width;
       for (int64_t x = 0; x < width; ++x) inside[x] = values[x] != 0;
@@ -1315,6 +1337,46 @@ static void distance_finish(const void* data, int64_t task) {
     const float squared = out[i] < 0.0f ? -out[i] : out[i];
     out[i] = squared < kInfinity ? squared : 0.0f;
   }
+}
+
+// The squared error, weighted with the distances to both boundaries, and its gradient; `chunks` tasks to a field.
+static void weighted_error(const void* data, int64_t task) {
+  const WeightedErrorArguments& of = *static_cast<const WeightedErrorArguments*>(data);
+  const int64_t field = task / of.chunks, chunk = task % of.chunks;
+  const int64_t first = field * of.elements + chunk * of.elements / of.chunks;
+  const int64_t last = field * of.elements + (chunk + 1) * of.elements / of.chunks;
+  const bool plain = of.exponent == 1.0;
+  const float factor = static_cast<float>(of.factor);
+  double total = 0;
+  for (int64_t start = first; start < last; start += 1024) {
+    const int64_t end = start + 1024 < last ? start + 1024 : last;
+    float sum = 0;
+    if (!plain) {
+      for (int64_t i = start; i < end; ++i) {
+        of.of_values[i] = static_cast<float>(of.factor * (std::pow(static_cast<double>(of.of_values[i]), of.exponent) +
+                                                          std::pow(static_cast<double>(of.of_truth[i]), of.exponent)));
+      }
+    } else {
+      for (int64_t i = start; i < end; ++i) of.of_values[i] = (of.of_values[i] + of.of_truth[i]) * factor;
+    }
+    for (int64_t i = start; i < end; ++i) {
+      const float weight = of.of_values[i];
+      float value = of.values[i], slope = 1.0f;
+      if (of.sigmoid) {
+        double x = -static_cast<double>(value);
+        x = x > 708.0 ? 708.0 : x;
+        x = x < -708.0 ? -708.0 : x;
+        value = value != value ? value : static_cast<float>(1.0 / (1.0 + exponential(x)));
+        slope = value * (1.0f - value);
+      }
+      const float whole = value - of.truth[i];
+      const float cut = whole > of.limit ? of.limit : whole < -of.limit ? -of.limit : whole;
+      sum += cut * cut * weight;
+      of.of_values[i] = cut == whole ? 2.0f * cut * weight * slope : 0.0f;
+    }
+    total += sum;
+  }
+  of.sums[task] = total;
 }
 
 #undef DETPOST_INLINE

@@ -20,7 +20,17 @@ from torch import Tensor
 from detpost.detections import Detections
 from detpost.spec import DecodeSpec
 
-__all__ = ["boundary_distance", "decode", "erosion", "id_range", "missing", "select", "squared_distance", "uses_avx2"]
+__all__ = [
+    "boundary_distance",
+    "decode",
+    "erosion",
+    "id_range",
+    "missing",
+    "select",
+    "squared_distance",
+    "uses_avx2",
+    "weighted_error",
+]
 
 _INTERFACE = 1
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -40,7 +50,11 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     ),
     "detpost_range": (c_void_p, c_int64, c_void_p),
     "detpost_distance": (
-        *(c_void_p, c_int64, c_int64, c_int64, c_int64, c_float, c_float, c_float, c_int, c_void_p, c_int),
+        *(c_void_p, c_int64, c_int64, c_int64, c_int64, c_float, c_float, c_float, c_int, c_float, c_void_p, c_int),
+    ),
+    "detpost_weighted_error": (
+        *(c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int64),
+        *(c_double, c_double, c_float, c_int, c_void_p, c_int),
     ),
 }
 
@@ -350,14 +364,17 @@ def boundary_distance(values: Tensor, steps: Sequence[float]) -> Tensor:
 
 
 def _distance(values: Tensor, steps: Sequence[float], both_sides: bool) -> Tensor:
-    values = values.contiguous()
+    return _distances(values.contiguous(), steps, both_sides, 0.5)
+
+
+def _distances(values: Tensor, steps: Sequence[float], both_sides: bool, threshold: float) -> Tensor:
     squared = torch.empty(values.shape, dtype=torch.float32)
     depth, height, width = (1, *values.shape[2:])[-3:]
     lengths = (1.0, *steps)[-3:]
     if values.numel():
         _function("detpost_distance")(
             *(values.data_ptr(), values.shape[0] * values.shape[1], depth, height, width, *lengths),
-            *(both_sides, squared.data_ptr(), _threads()),
+            *(both_sides, threshold, squared.data_ptr(), _threads()),
         )
     return squared
 
@@ -366,7 +383,58 @@ def _distance_fake(values: Tensor, steps: Sequence[float], both_sides: bool) -> 
     return torch.empty(values.shape, dtype=torch.float32, device=values.device)
 
 
-_OPERATORS = torch.library.Library("detpost", "FRAGMENT")
+# The greatest float32 whose sigmoid is not above one half in float32.
+_HALF_LOGIT = 2.0**-23
+_CHUNK = 1 << 14
+
+
+def weighted_error(
+    values: Tensor, truth: Tensor, steps: Sequence[float], unit: float, alpha: float, limit: float, sigmoid: bool
+) -> tuple[Tensor, Tensor]:
+    """Sum the squared error of each field, weighted with the distances to both boundaries.
+
+    Args:
+        values: (B, C, *spatial), float32, on the CPU: probabilities, or logits with ``sigmoid``.
+        truth: (B, C, *spatial), float32.
+        steps: lengths of an element along each spatial axis, in ``unit``.
+        unit: what the distances are multiplied with.
+        alpha: exponent of the distances.
+        limit: differences beyond it count as that much, and have no slope.
+        sigmoid: whether a sigmoid is applied to ``values``.
+
+    Returns:
+        Sums (B, C), float32, and the gradient of each with respect to its own field of ``values`` (B, C, *spatial).
+    """
+    found: tuple[Tensor, Tensor] = torch.ops.detpost.native_weighted_error(
+        values, truth, steps, unit, alpha, limit, sigmoid
+    )
+    return found
+
+
+def _weighted_error(
+    values: Tensor, truth: Tensor, steps: Sequence[float], unit: float, alpha: float, limit: float, sigmoid: bool
+) -> tuple[Tensor, Tensor]:
+    values, truth = values.contiguous(), truth.contiguous()
+    of_values = _distances(values, steps, True, _HALF_LOGIT if sigmoid else 0.5)
+    of_truth = _distances(truth, steps, True, 0.5)
+    fields, elements = values.shape[0] * values.shape[1], values[0, 0].numel() if values.numel() else 0
+    chunks = max(1, -(-elements // _CHUNK))
+    sums = torch.zeros((*values.shape[:2], chunks), dtype=torch.float64)
+    if values.numel():
+        _function("detpost_weighted_error")(
+            *(values.data_ptr(), truth.data_ptr(), of_truth.data_ptr(), of_values.data_ptr(), fields, elements, chunks),
+            *(alpha / 2, unit**alpha, limit, sigmoid, sums.data_ptr(), _threads()),
+        )
+    return sums.sum(dim=2).to(torch.float32), of_values
+
+
+def _weighted_error_fake(
+    values: Tensor, truth: Tensor, steps: Sequence[float], unit: float, alpha: float, limit: float, sigmoid: bool
+) -> tuple[Tensor, Tensor]:
+    return values.new_empty(values.shape[:2]), torch.empty(values.shape, dtype=values.dtype, device=values.device)
+
+
+_OPERATORS: Any = torch.library.Library("detpost", "FRAGMENT")  # type: ignore[no-untyped-call]
 for _schema, _kernel, _fake in (
     ("native_select(Tensor scores, int k) -> Tensor", _select, _select_fake),
     (
@@ -382,6 +450,12 @@ for _schema, _kernel, _fake in (
         _erosion_fake,
     ),
     ("native_distance(Tensor values, float[] steps, bool both_sides) -> Tensor", _distance, _distance_fake),
+    (
+        "native_weighted_error(Tensor values, Tensor truth, float[] steps, float unit, float alpha, float limit, "
+        "bool sigmoid) -> (Tensor, Tensor)",
+        _weighted_error,
+        _weighted_error_fake,
+    ),
 ):
     _name = _OPERATORS.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
     _OPERATORS.impl(_name, _kernel, "CPU")

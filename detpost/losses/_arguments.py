@@ -59,8 +59,8 @@ def _refuse_ids_out_of_range(ids: Tensor, num_classes: int) -> Tensor:
         if lowest < 0 or highest >= num_classes:
             raise ValueError(f"{expected}; got ids from {lowest} to {highest}: {fix}")
     else:
-        lowest, highest = ids.amin(), ids.amax()
-        torch._assert_async((lowest >= 0) & (highest < num_classes), f"{expected}; got an id outside it: {fix}")
+        in_range = (ids.amin() >= 0) & (ids.amax() < num_classes)
+        torch._assert_async(in_range, f"{expected}; got an id outside it: {fix}")
     return torch.zeros((), dtype=torch.int64, device=ids.device)
 
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from detpost import kernels
+from detpost.kernels import native
 from detpost.losses._arguments import check_floating, check_reduction, class_numbers, spacing_per_axis
 from detpost.losses.distance_transform import boundary_distance
 
@@ -70,19 +73,21 @@ def hausdorff_dt_loss(
     _check_options(sigmoid, softmax, other_act, reduction)
     _check_input(input)
     steps = spacing_per_axis(spacing, input.dim() - 2)
-    values = _activate(input, sigmoid, softmax, other_act)
+    wants_slope_of_target = torch.is_grad_enabled() and isinstance(target, Tensor) and target.requires_grad
+    by_kernel = kernels.for_losses(input) == "native" and not wants_slope_of_target
+    # The kernel takes the sigmoid along, so that no tensor is kept for it.
+    values = _activate(input, sigmoid and not by_kernel, softmax, other_act)
+    by_kernel = by_kernel and values.dtype == torch.float32
     truth = _one_hot(target, values) if to_onehot_y else _as_real(target, values)
     values, truth = _without_background(values, truth, include_background)
     if truth.shape != values.shape:
         fix = "pass class ids with to_onehot_y=True, or one channel per class"
         raise ValueError(f"target must have input's shape {tuple(input.shape)}; got {tuple(target.shape)}: {fix}")
-    with torch.no_grad():
-        weight = _boundary_distance(values, steps, alpha) + _boundary_distance(truth, steps, alpha)
-        weight = weight.to(values.dtype)
-    limit = _largest_difference(values, steps, alpha)
-    over = tuple(range(2, values.dim()))
-    error = (values - truth).clamp(-limit, limit).square()
-    loss = (error * weight).mean((0, *over) if batch else over, keepdim=True)
+    if by_kernel:
+        error: Tensor = _NativeWeightedError.apply(values, truth, steps, alpha, sigmoid)[0]
+    else:
+        error = _weighted_error(values, truth, steps, alpha)
+    loss = error.mean(0, keepdim=True) if batch else error
     return loss if reduction == "none" else loss.sum() if reduction == "sum" else loss.mean()
 
 
@@ -263,6 +268,53 @@ def _without_background(values: Tensor, truth: Tensor, include_background: bool)
         _warn_single_channel("include_background=False")
         return values, truth
     return values[:, 1:], truth[:, 1:]
+
+
+def _weighted_error(values: Tensor, truth: Tensor, spacing: tuple[float, ...], alpha: float) -> Tensor:
+    """Mean over each field of the squared error, weighted with the distances to both boundaries: (B, C, 1, ...)."""
+    with torch.no_grad():
+        weight = _boundary_distance(values, spacing, alpha) + _boundary_distance(truth, spacing, alpha)
+        weight = weight.to(values.dtype)
+    limit = _largest_difference(values, spacing, alpha)
+    error = (values - truth).clamp(-limit, limit).square()
+    return (error * weight).mean(tuple(range(2, values.dim())), keepdim=True)
+
+
+class _NativeWeightedError(torch.autograd.Function):
+    """:func:`_weighted_error` in C++, with its gradient made in the same pass; of logits where ``sigmoid``.
+
+    The gradient of the sum over a field is one number times a field, and that field is all that is saved.
+    """
+
+    @staticmethod
+    def forward(
+        values: Tensor, truth: Tensor, spacing: tuple[float, ...], alpha: float, sigmoid: bool
+    ) -> tuple[Tensor, Tensor]:
+        unit = max(spacing)
+        steps = [length / unit for length in spacing]
+        limit = _largest_difference(values, spacing, alpha)
+        sums, slopes = native.weighted_error(values, truth, steps, unit, alpha, limit, sigmoid)
+        elements = math.prod(values.shape[2:])
+        return (sums / elements).reshape(*values.shape[:2], *[1] * (values.dim() - 2)), slopes
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        values, truth, ctx.spacing, ctx.alpha, ctx.sigmoid = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(values, truth, output[1])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None, None, None]:
+        if grads[0] is None:
+            return None, None, None, None, None
+        values, truth, slopes = ctx.saved_tensors
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            # A gradient of the gradient is wanted: the plain form has one.
+            again = _weighted_error(values.sigmoid() if ctx.sigmoid else values, truth, ctx.spacing, ctx.alpha)
+            (gradient,) = torch.autograd.grad(again, values, grads[0], create_graph=True)
+            return gradient, None, None, None, None
+        return slopes * (grads[0] / math.prod(values.shape[2:])), None, None, None, None
 
 
 def _boundary_distance(field: Tensor, spacing: tuple[float, ...], alpha: float) -> Tensor:

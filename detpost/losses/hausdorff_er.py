@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -155,10 +155,10 @@ def _hausdorff_er(pred: Tensor, target: Tensor, alpha: float, k: int, reduction:
     keep_field = reduction == "none"
     classes = class_numbers(target, pred.shape[1])
     if kernels.for_losses(values) == "native":
-        total = _NativeErosion.apply(values, target.to(torch.int64), classes, weights, axes, keep_field)[0]
+        total: Tensor = _NativeErosion.apply(values, target.to(torch.int64), classes, weights, axes, keep_field)[0]
     else:
         # Exporters read plain operators and no autograd function; its forward is the same call.
-        erode = _erode if exporting() else _Erosion.apply
+        erode: Callable[..., Any] = _erode if exporting() else _Erosion.apply
         total = erode(values, target, classes, weights, axes, keep_field)[0]  # (B, C, *spatial) or (B, C, 1, ...)
     if keep_field:
         return total.transpose(0, 1).unsqueeze(2)

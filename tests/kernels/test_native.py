@@ -111,6 +111,11 @@ def test_operators_keep_their_contract_with_the_compiler(shape):
         )
     field = torch.rand(2, 3, 6, 7)
     torch.library.opcheck(torch.ops.detpost.native_distance, (field, [1.0, 1.0], True), test_utils=tuple(test))
+    torch.library.opcheck(
+        torch.ops.detpost.native_weighted_error,
+        (field, torch.ones_like(field), [1.0, 0.5], 2.0, 2.0, 1e6, True),
+        test_utils=tuple(test),
+    )
     for keep, want in ((True, False), (False, True), (False, False)):
         arguments = (field, torch.randint(3, (2, 1, 6, 7)), torch.arange(3), [1.0, 4.0], 0.2, 2, None, keep, want)
         torch.library.opcheck(torch.ops.detpost.native_erosion, arguments, test_utils=tuple(test))
@@ -204,8 +209,31 @@ def test_the_distance_loss_is_the_plain_one(forced, shape, share):
     for kind in ("aten", "native"):
         forced(kind)
         options = {"include_background": True, "spacing": (2.0, 0.5, 1.0)[: len(shape) - 2]}
-        found[kind] = value_and_gradients(hausdorff_dt_loss, pred * share * 2, target, **options)
-    torch.testing.assert_close(found["native"], found["aten"], rtol=1e-5, atol=1e-7)
+        for name, given in {"": {}, "sigmoid": {"sigmoid": True}, "alpha": {"alpha": 1.5, "batch": True}}.items():
+            prediction = (pred - 0.5) * 4 if name == "sigmoid" else pred * share * 2
+            for reduction in ("mean", "none"):
+                case = {**options, **given, "reduction": reduction}
+                found[kind, name, reduction] = value_and_gradients(hausdorff_dt_loss, prediction, target, **case)
+    assert len(found) == 12
+    for (kind, *case), value in found.items():
+        torch.testing.assert_close(value, found["aten", *case], rtol=1e-5, atol=1e-7, msg=lambda m, c=case: f"{c}: {m}")
+
+
+def test_a_target_with_a_gradient_and_second_gradients_go_the_plain_way(forced):
+    pred, target = torch.randn(1, 2, 8, 8), torch.rand(1, 2, 8, 8)
+
+    def slopes(kind):
+        forced(kind)
+        given, truth = pred.clone().requires_grad_(), target.clone().requires_grad_()
+        loss = hausdorff_dt_loss(given, truth, sigmoid=True, include_background=True)
+        first = torch.autograd.grad(loss, (given, truth))
+        loss = hausdorff_dt_loss(given, target, sigmoid=True, include_background=True)
+        (again,) = torch.autograd.grad(loss, given, create_graph=True)
+        return (*first, torch.autograd.grad(again.square().sum(), given)[0])
+
+    expected = slopes("aten")
+    assert all(part.abs().max() > 0 for part in expected)
+    torch.testing.assert_close(slopes("native"), expected)
 
 
 def test_threads_that_call_at_once_get_their_own_answers(forced):
