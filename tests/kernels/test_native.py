@@ -215,7 +215,7 @@ def test_the_distance_loss_is_the_plain_one(forced, shape, share):
                 case = {**options, **given, "reduction": reduction}
                 found[kind, name, reduction] = value_and_gradients(hausdorff_dt_loss, prediction, target, **case)
     assert len(found) == 12
-    for (kind, *case), value in found.items():
+    for (_, *case), value in found.items():
         torch.testing.assert_close(value, found["aten", *case], rtol=1e-5, atol=1e-7, msg=lambda m, c=case: f"{c}: {m}")
 
 
