@@ -1,45 +1,28 @@
-"""Side by side with the installed peers: one process, rotating inputs, medians and ratios."""
+"""Side by side with the installed peers: one process, rotating inputs, medians and ratios, peak memory."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
+import os
 import platform
 import statistics
+import subprocess
+import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from datetime import date
 from importlib import metadata
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import torch
-from torch import Tensor
+
+from detpost.bench_cases import ROTATED, Case, Size, Task, is_installed, tasks
 
 __all__ = ["Row", "run_benchmark", "write_json", "write_plot"]
 
-Size = tuple[int, ...]
-
-# Images, queries, classes.
-DECODE_SIZES: tuple[tuple[int, int, int], ...] = (
-    (1, 300, 80),
-    (8, 300, 80),
-    (1, 300, 365),
-    (1, 300, 1203),
-    (8, 300, 1203),
-    (1, 1750, 34),
-)
-QUICK_DECODE_SIZES = DECODE_SIZES[:2]
-EROSION_SIZES: tuple[Size, ...] = ((4, 3, 128, 128), (4, 2, 256, 256), (1, 2, 64, 64, 64))
-DISTANCE_SIZES: tuple[Size, ...] = ((1, 2, 128, 128), (1, 2, 256, 256), (1, 2, 512, 512), (1, 2, 64, 64, 64))
-TRANSFORM_SIZES: tuple[Size, ...] = ((512, 512), (128, 128, 128))
-KEPT = 300
-ROTATED = 8  # inputs that take turns, so that no branch predictor or cache learns one of them
-
-Case = Callable[[int], Any]
+_PEERS = ("torch", "numpy", "triton", "kornia", "transformers", "rfdetr", "monai", "scipy")
 
 
 @dataclass(frozen=True)
@@ -52,6 +35,8 @@ class Row:
         name: the contender.
         microseconds: median over the runs.
         ratio: the contender's time over detpost's: how many times slower it is.
+        device: ``"cpu"`` or ``"cuda"``.
+        peak_bytes: memory that one run takes beyond what was there before it, where it was measured.
     """
 
     task: str
@@ -59,41 +44,44 @@ class Row:
     name: str
     microseconds: float
     ratio: float
+    device: str = "cpu"
+    peak_bytes: int | None = None
 
 
-def run_benchmark(quick: bool = False, progress: Callable[[str], None] | None = None) -> list[Row]:
-    """Time everything that is installed, on the CPU.
+def run_benchmark(
+    quick: bool = False,
+    progress: Callable[[str], None] | None = None,
+    device: str = "cpu",
+    only: str | None = None,
+) -> list[Row]:
+    """Time everything that is installed.
 
     Args:
-        quick: the small sizes and few runs, under a minute on two cores.
+        quick: the small sizes and few runs, under a minute on two cores; the whole takes under five.
         progress: called with one line before each size.
+        device: ``"cpu"`` or ``"cuda"``.
+        only: the name of one task.
 
     Returns:
         One row per task, size and contender; detpost's own has ratio 1.
     """
     say = progress or (lambda _: None)
-    seconds = 0.3 if quick else 1.5
+    seconds = 0.3 if quick else 0.8
     rows: list[Row] = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for task, size, contenders in _tasks(quick):
-            say(f"{task} {'x'.join(map(str, size))}")
-            rows += _race(task, size, contenders, seconds)
+        for task in tasks(device, quick, only):
+            say(f"{task.name} {_times(task.size)}")
+            timed = _race(task.name, task.size, task.contenders, seconds, device)
+            rows += [replace(row, peak_bytes=_peak(task, row.name, device)) for row in timed]
     return rows
 
 
-def _tasks(quick: bool) -> Iterator[tuple[str, Size, dict[str, Case]]]:
-    for batch, queries, classes in QUICK_DECODE_SIZES if quick else DECODE_SIZES:
-        yield "decode", (batch, queries, classes), _decoders(batch, queries, classes)
-    for size in EROSION_SIZES[:1] if quick else EROSION_SIZES:
-        yield "HausdorffERLoss forward + backward", size, _erosions(size)
-    for size in DISTANCE_SIZES[:1] if quick else DISTANCE_SIZES:
-        yield "HausdorffDTLoss forward + backward", size, _distances(size)
-    for size in TRANSFORM_SIZES[:1] if quick else TRANSFORM_SIZES:
-        yield "distance_transform_edt", size, _transforms(size)
+def _times(size: Size) -> str:
+    return "x".join(map(str, size))
 
 
-def _race(task: str, size: Size, contenders: dict[str, Case], seconds: float) -> list[Row]:
+def _race(task: str, size: Size, contenders: dict[str, Case], seconds: float, device: str = "cpu") -> list[Row]:
     """Time all contenders in turns, so that a slow spell of the machine hits every one of them."""
     for case in contenders.values():
         case(0)
@@ -102,138 +90,87 @@ def _race(task: str, size: Size, contenders: dict[str, Case], seconds: float) ->
     spent, turn = 0.0, 0
     while spent < seconds * len(contenders) or turn < 3:
         for name, case in contenders.items():
+            _wait(device)
             start = time.perf_counter()
             case(turn % ROTATED)
+            _wait(device)
             times[name].append(time.perf_counter() - start)
             spent += times[name][-1]
         turn += 1
     medians = {name: statistics.median(values) for name, values in times.items()}
-    return [Row(task, size, name, value * 1e6, value / medians["detpost"]) for name, value in medians.items()]
+    return [Row(task, size, name, value * 1e6, value / medians["detpost"], device) for name, value in medians.items()]
 
 
-def _installed(*names: str) -> bool:
-    try:
-        return all(importlib.util.find_spec(name) is not None for name in names)
-    except ModuleNotFoundError:  # of a parent package
-        return False
+def _wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
 
 
-def _decoders(batch: int, queries: int, classes: int) -> dict[str, Case]:
-    """Logits and boxes to scores, labels and pixel boxes, without gradients."""
-    from detpost.postprocess import DetectionPostProcessor
-
-    generator = torch.Generator().manual_seed(0)
-    logits = [torch.randn(batch, queries, classes, generator=generator) for _ in range(ROTATED)]
-    boxes = [torch.rand(batch, queries, 4, generator=generator) for _ in range(ROTATED)]
-    sizes = torch.tensor([[480, 640]] * batch)
-    post = DetectionPostProcessor.from_preset("rtdetr", top_k=KEPT)
-    contenders: dict[str, Case] = {"detpost": _no_grad(lambda i: post(logits[i], boxes[i], sizes))}
-    if _installed("transformers"):
-        from transformers import RTDetrImageProcessor
-
-        processor = RTDetrImageProcessor()
-        contenders |= {
-            "transformers": _no_grad(
-                lambda i: processor.post_process_object_detection(
-                    SimpleNamespace(logits=logits[i], pred_boxes=boxes[i]), threshold=0.0, target_sizes=sizes
-                )
-            )
-        }
-    if _installed("kornia"):
-        from kornia.models.rt_detr.post_processor import DETRPostProcessor
-
-        theirs = DETRPostProcessor(num_classes=classes, num_top_queries=KEPT, confidence_filtering=False)
-        contenders |= {"kornia": _no_grad(lambda i: theirs(logits[i], boxes[i], sizes))}
-    if _installed("rfdetr"):
-        from rfdetr.models.postprocess import PostProcess
-
-        rfdetr = PostProcess(num_select=KEPT)
-        contenders |= {
-            "RF-DETR": _no_grad(
-                lambda i: rfdetr({"pred_logits": logits[i], "pred_boxes": boxes[i]}, target_sizes=sizes)
-            )
-        }
-    if _installed("tests.reference.rtdetr_inplace"):  # in a checkout: the in-place original, as RT-DETR has it
-        from tests.reference.rtdetr_inplace import decode_
-
-        contenders |= {"RT-DETR (in place)": _no_grad(lambda i: decode_(logits[i], boxes[i].clone(), sizes))}
-    contenders |= {"read of the logits": _no_grad(lambda i: logits[i].amax())}
-    return contenders
+def _peak(task: Task, name: str, device: str) -> int | None:
+    """Measure the memory of one run: on a GPU by PyTorch's count, on a CPU by what the process grows."""
+    if not task.with_memory:
+        return None
+    if device == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        task.contenders[name](0)
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    if not Path("/proc/self/clear_refs").exists():
+        return None
+    # A process of its own: what an earlier run freed would hide what this one takes.
+    arguments = json.dumps([task.name, list(task.size), name])
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "detpost.bench", arguments],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in (os.getcwd(), *sys.path) if path)},
+    )
+    return int(done.stdout.split()[-1]) if done.returncode == 0 and done.stdout.strip() else None
 
 
-def _no_grad(case: Case) -> Case:
-    def run(turn: int) -> Any:
-        with torch.no_grad():
-            return case(turn)
-
-    return run
-
-
-def _blobs(shape: Sequence[int], seed: int) -> Tensor:
-    """Smooth random fields within 0..1, which threshold to blobs as segmentation masks are."""
-    generator = torch.Generator().manual_seed(seed)
-    coarse = torch.rand(shape[0], shape[1], *(max(2, side // 16) for side in shape[2:]), generator=generator)
-    mode = "bilinear" if len(shape) == 4 else "trilinear"
-    return torch.nn.functional.interpolate(coarse, tuple(shape[2:]), mode=mode)
+def _peak_in_this_process(name: str, size: Size, contender: str) -> int:
+    """Run a small size first, so that code and tables are there, then measure the growth of the asked one."""
+    small = (1, 2, *(8 for _ in size[2:])) if len(size) > 3 else (1, 20, 10)
+    made = {task.size: task for task in _sized(name, (small, size))}
+    made[small].contenders[contender](0)
+    if "compiled" in contender:
+        made[size].contenders[contender](0)  # compiling is not running
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
+    before = _status("VmRSS")
+    made[size].contenders[contender](0)
+    return _status("VmHWM") - before
 
 
-def _backward(loss: Callable[[Tensor, Tensor], Tensor], inputs: list[Tensor], targets: list[Tensor]) -> Case:
-    def run(turn: int) -> Any:
-        prediction = inputs[turn].detach().requires_grad_()
-        loss(prediction, targets[turn]).backward()  # type: ignore[no-untyped-call]
-        return prediction.grad
+def _sized(name: str, sizes: Sequence[Size]) -> list[Task]:
+    from detpost import bench_cases
 
-    return run
-
-
-def _erosions(shape: Size) -> dict[str, Case]:
-    import detpost.losses
-
-    name = "HausdorffERLoss" if len(shape) == 4 else "HausdorffERLoss3D"
-    inputs = [_blobs(shape, seed) for seed in range(ROTATED)]
-    targets = [_blobs(shape, 100 + seed).argmax(dim=1, keepdim=True) for seed in range(ROTATED)]
-    contenders = {"detpost": _backward(getattr(detpost.losses, name)(), inputs, targets)}
-    if _installed("kornia"):
-        import kornia.losses
-
-        contenders |= {"kornia": _backward(getattr(kornia.losses, name)(), inputs, targets)}
-    return contenders
+    makers = {
+        "HausdorffERLoss forward + backward": bench_cases._erosions,
+        "HausdorffDTLoss forward + backward": bench_cases._distances,
+        "decode in place, out of place, compiled": bench_cases._decode_trade_off,
+        "erosion loss in place, out of place, compiled": bench_cases._erosion_trade_off,
+    }
+    return [Task(name, size, makers[name](size, "cpu")) for size in sizes]
 
 
-def _distances(shape: Size) -> dict[str, Case]:
-    import detpost.losses
-
-    inputs = [_blobs(shape, seed) for seed in range(ROTATED)]
-    targets = [(_blobs(shape, 100 + seed) > 0.5).float() for seed in range(ROTATED)]
-    contenders = {"detpost": _backward(detpost.losses.HausdorffDTLoss(include_background=True), inputs, targets)}
-    if _installed("monai", "scipy"):
-        from monai.losses import HausdorffDTLoss
-
-        contenders |= {"MONAI": _backward(HausdorffDTLoss(include_background=True), inputs, targets)}
-    return contenders
-
-
-def _transforms(shape: Size) -> dict[str, Case]:
-    from detpost.losses import distance_transform_edt
-
-    masks = [_blobs((1, 1, *shape), seed) > 0.4 for seed in range(ROTATED)]
-    contenders: dict[str, Case] = {"detpost": _no_grad(lambda i: distance_transform_edt(masks[i]))}
-    if _installed("scipy"):
-        from scipy import ndimage
-
-        arrays = [mask[0, 0].numpy() for mask in masks]
-        contenders |= {"scipy": lambda i: ndimage.distance_transform_edt(arrays[i])}
-    return contenders
+def _status(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
 
 
 def write_json(rows: Sequence[Row], path: Path) -> None:
     """Write the rows with the machine, the versions and the date."""
-    peers = ("torch", "numpy", "kornia", "transformers", "rfdetr", "monai", "scipy")
+    from detpost import kernels
+
+    gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
     report = {
         "date": date.today().isoformat(),
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        "kernel": kernels.kind_for("cpu"),
+        **gpu,
         "python": platform.python_version(),
-        "versions": {name: metadata.version(name) for name in peers if _installed(name)},
+        "versions": {name: metadata.version(name) for name in _PEERS if is_installed(name)},
         "rows": [asdict(row) for row in rows],
     }
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -246,21 +183,36 @@ def write_plot(rows: Sequence[Row], path: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError:
         raise ImportError("the plot needs matplotlib: pip install 'detpost[viz]'") from None
-    tasks = list(dict.fromkeys(row.task for row in rows))
-    figure = Figure(figsize=(5.5 * len(tasks), 4.2), layout="constrained")
-    for position, task in enumerate(tasks, start=1):
-        axes = figure.add_subplot(1, len(tasks), position)
+    names = list(dict.fromkeys(row.task for row in rows))
+    across = min(4, len(names))
+    down = -(-len(names) // across)
+    figure = Figure(figsize=(5.2 * across, 4.2 * down), layout="constrained")
+    for position, task in enumerate(names, start=1):
+        axes = figure.add_subplot(down, across, position)
         of_task = [row for row in rows if row.task == task]
         sizes = list(dict.fromkeys(row.size for row in of_task))
-        for name in dict.fromkeys(row.name for row in of_task):
-            times = {row.size: row.microseconds for row in of_task if row.name == name}
-            places = [place for place, size in enumerate(sizes) if size in times]
-            axes.plot(places, [times[sizes[place]] for place in places], marker="o", label=name)
-        axes.set_xticks(range(len(sizes)), ["x".join(map(str, size)) for size in sizes], rotation=30, ha="right")
-        axes.set_yscale("log")
-        axes.set_ylabel("median, microseconds")
+        contenders = list(dict.fromkeys(row.name for row in of_task))
+        if len(sizes) == 1:  # no line through one point
+            axes.barh(contenders[::-1], [row.microseconds for row in reversed(of_task)])
+            axes.set_xscale("log")
+            axes.set_xlabel(f"median, microseconds, at {_times(sizes[0])}")
+            axes.grid(visible=True, axis="x", alpha=0.2)
+        else:
+            for name in contenders:
+                times = {row.size: row.microseconds for row in of_task if row.name == name}
+                places = [place for place, size in enumerate(sizes) if size in times]
+                width = 2.5 if name == "detpost" else 1.2
+                axes.plot(places, [times[sizes[place]] for place in places], label=name, marker="o", linewidth=width)
+            axes.set_xticks(range(len(sizes)), [_times(size) for size in sizes], rotation=30, ha="right")
+            axes.set_yscale("log")
+            axes.set_ylabel("median, microseconds")
+            axes.legend(fontsize=8)
+            axes.grid(visible=True, which="both", alpha=0.2)
         axes.set_title(task, fontsize=10)
-        axes.legend(fontsize=8)
-        axes.grid(visible=True, which="both", alpha=0.2)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=100)
+
+
+if __name__ == "__main__":
+    asked, shape, who = json.loads(sys.argv[1])
+    print(_peak_in_this_process(asked, tuple(shape), who))

@@ -103,16 +103,18 @@ def check(
 def bench(
     quick: Annotated[bool, typer.Option(help="Small sizes and few runs.")] = False,
     out: Annotated[Path, typer.Option(help="Folder for bench.json and bench.png.")] = Path("bench_out"),
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
 ) -> None:
     """Time detpost side by side with every installed peer."""
     from detpost.bench import run_benchmark, write_json, write_plot
 
     with steps() as say:
-        rows = run_benchmark(quick, say)
-    table = Table("task", "size", "contender", "median us", "times detpost")
+        rows = run_benchmark(quick, say, device)
+    table = Table("task", "size", "contender", "median us", "times detpost", "peak MB")
     for row in rows:
         size = "x".join(map(str, row.size))
-        table.add_row(row.task, size, row.name, f"{row.microseconds:,.0f}", f"{row.ratio:.2f}")
+        peak = "" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:,.1f}"
+        table.add_row(row.task, size, row.name, f"{row.microseconds:,.0f}", f"{row.ratio:.2f}", peak)
     console.print(table)
     write_json(rows, out / "bench.json")
     write_plot(rows, out / "bench.png")

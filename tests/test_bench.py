@@ -2,10 +2,13 @@
 
 import json
 import time
+from pathlib import Path
 
 import pytest
 
-from detpost.bench import Row, _race, run_benchmark, write_json, write_plot
+from detpost.bench import Row, _peak, _race, run_benchmark, write_json, write_plot
+from detpost.bench_cases import Task
+from detpost.kernels import native
 
 
 def test_a_race_gives_medians_and_ratios_to_detpost():
@@ -28,7 +31,7 @@ def test_every_installed_peer_takes_part(tmp_path):
     rows = run_benchmark(quick=True)
     contenders = {row.name for row in rows if row.task == "decode"}
     assert {"detpost", "transformers", "kornia", "RT-DETR (in place)", "read of the logits"} <= contenders
-    assert {row.name for row in rows if row.task.startswith("HausdorffDT")} == {"detpost", "MONAI"}
+    assert {row.name for row in rows if row.task.startswith("HausdorffDT")} == {"detpost", "detpost (aten)", "MONAI"}
     assert {row.name for row in rows if row.task == "distance_transform_edt"} == {"detpost", "scipy"}
     write_json(rows, tmp_path / "bench.json")
     write_plot(rows, tmp_path / "bench.png")
@@ -41,4 +44,14 @@ def test_the_files_say_where_and_when(tmp_path):
     said = json.loads((tmp_path / "new" / "bench.json").read_text())
     assert said["versions"]["torch"]
     assert said["date"]
-    assert said["rows"] == [{"task": "decode", "size": [1, 2, 3], "name": "detpost", "microseconds": 5.0, "ratio": 1.0}]
+    row = {"task": "decode", "size": [1, 2, 3], "name": "detpost", "microseconds": 5.0, "ratio": 1.0}
+    assert said["rows"] == [row | {"device": "cpu", "peak_bytes": None}]
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="no /proc")
+def test_peak_memory_is_that_of_one_run():
+    task = Task("HausdorffERLoss forward + backward", (2, 2, 256, 256), {}, with_memory=True)
+    own, plain = (_peak(task, name, "cpu") for name in ("detpost", "detpost (aten)"))
+    field = 2 * 2 * 256 * 256 * 4
+    assert plain > 10 * field  # every erosion is kept
+    assert own < plain / 2 or native.missing() is not None
