@@ -85,7 +85,9 @@ def _kind() -> Any:
 
 def _writes_a_graph() -> bool:
     """Whether a graph is being recorded for another runtime, which has plain operators only."""
-    return torch._C._is_tracing() or torch.compiler.is_exporting()  # ONNX export goes through one of them
+    if torch.compiler.is_compiling():  # asked first: not every Dynamo can follow the question below
+        return torch.compiler.is_exporting()
+    return torch._C._is_tracing()  # TorchScript, and the older ONNX exporter
 
 
 def _is_transformed() -> bool:
