@@ -26,7 +26,7 @@ from torch import Tensor
 from detpost.detections import Detections
 from detpost.spec import DecodeSpec
 
-__all__ = ["KERNELS", "decode", "for_losses", "kind_for", "native_is_missing", "select"]
+__all__ = ["KERNELS", "decode", "for_losses", "is_exporting", "kind_for", "native_is_missing", "select"]
 
 KERNELS = ("native", "numpy", "triton", "aten")
 _VARIABLE = "DETPOST_KERNEL"
@@ -83,10 +83,18 @@ def _kind() -> Any:
     return _constant_kind_for if torch.compiler.is_compiling() else kind_for
 
 
+def is_exporting() -> bool:
+    """Whether ``torch.export`` is at work.
+
+    By the flag: ``torch.compiler.is_exporting()`` is always true inside ``torch.compile`` of PyTorch 2.11.
+    """
+    return bool(torch.compiler._is_exporting_flag)
+
+
 def _writes_a_graph() -> bool:
     """Whether a graph is being recorded for another runtime, which has plain operators only."""
     if torch.compiler.is_compiling():  # asked first: not every Dynamo can follow the question below
-        return torch.compiler.is_exporting()
+        return is_exporting()
     return torch._C._is_tracing()  # TorchScript, and the older ONNX exporter
 
 

@@ -32,7 +32,7 @@ def check_floating(name: str, value: Tensor) -> None:
 
 def exporting() -> bool:
     """Whether a graph is being written for another runtime, which has plain operators only."""
-    return torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export()
+    return kernels.is_exporting() or torch.onnx.is_in_onnx_export()
 
 
 def class_numbers(ids: Tensor, num_classes: int) -> Tensor:
