@@ -23,13 +23,20 @@ class Detections(NamedTuple):
     ``torch.compile``, ``torch.export`` and CUDA graphs. The conversions below copy to the host and drop what is not
     valid; nothing else here does.
 
-    Args:
+    Attributes:
         scores: (B, K), float32 (float64 from float64 logits), within [0, 1].
         labels: (B, K), int64, class channel of the logits.
         boxes: (B, K, 4), float32 (float64 from float64 boxes), xyxy, in pixels of the original image where image sizes
             were given, else normalised.
         queries: (B, K), int64, index of the query that made the detection.
         valid: (B, K), bool.
+
+    Example:
+        >>> from detpost import DetectionPostProcessor
+        >>> post = DetectionPostProcessor.from_preset("rtdetr", top_k=2, score_threshold=0.5)
+        >>> found = post(torch.tensor([[[2.0, -2.0]]]), torch.tensor([[[0.5, 0.5, 1.0, 1.0]]]))
+        >>> found.labels, found.valid
+        (tensor([[ 0, -1]]), tensor([[ True, False]]))
     """
 
     scores: Tensor
@@ -72,6 +79,14 @@ class Detections(NamedTuple):
 
         Raises:
             ValueError: another number of ids than images, or a label without a category id.
+
+        Example:
+            >>> from detpost import DetectionPostProcessor
+            >>> post = DetectionPostProcessor.from_preset("rtdetr", top_k=1)
+            >>> boxes = torch.tensor([[[0.5, 0.5, 1.0, 1.0]]])
+            >>> found = post(torch.tensor([[[0.0, -2.0]]]), boxes, torch.tensor([[10, 20]]))
+            >>> found.to_coco([7], category_ids=[18, 44])
+            [{'image_id': 7, 'category_id': 18, 'bbox': [0.0, 0.0, 20.0, 10.0], 'score': 0.5}]
         """
         if len(image_ids) != len(self.scores):
             raise ValueError(f"image_ids must have one id for each of {len(self.scores)} images; got {len(image_ids)}")
@@ -121,6 +136,13 @@ class Detections(NamedTuple):
 
         Returns:
             For each image (D, 6), the dtype of the scores, its D valid detections, best first.
+
+        Example:
+            >>> from detpost import DetectionPostProcessor
+            >>> post = DetectionPostProcessor.from_preset("rtdetr", top_k=1)
+            >>> boxes = torch.tensor([[[0.5, 0.5, 1.0, 1.0]]])
+            >>> post(torch.tensor([[[0.0, -2.0]]]), boxes, torch.tensor([[10, 20]])).to_kornia()
+            [tensor([[ 0.0000,  0.5000,  0.0000,  0.0000, 20.0000, 10.0000]])]
         """
         return [
             torch.cat(

@@ -71,7 +71,11 @@ class Evaluation:
     notes: tuple[str, ...] = ()
 
     def to_json(self) -> str:
-        """Give all of it as JSON text."""
+        """Give all of it as JSON text.
+
+        Returns:
+            A JSON object with the fields above.
+        """
         return json.dumps(asdict(self), indent=1)
 
 

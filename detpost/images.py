@@ -174,11 +174,22 @@ class Preprocessing:
         return self.normalise(torch.stack(resized).to(torch.float32)), sizes
 
     def normalise(self, images: Tensor) -> Tensor:
-        """Scale and normalise a batch (B, 3, H, W) of values 0..255, floating; differentiable and exportable."""
+        """Scale and normalise a batch; differentiable and exportable.
+
+        Args:
+            images: (B, 3, H, W), floating, values 0..255.
+
+        Returns:
+            (B, 3, H, W), the same dtype, as the network takes it.
+        """
         mean, std = ([[[value]] for value in values] for values in (self.mean, self.std))
         scaled = images * self.scale
         return (scaled - scaled.new_tensor(mean)) / scaled.new_tensor(std)
 
     def to_dict(self) -> dict[str, Any]:
-        """Give the fields as plain data."""
+        """Give the fields as plain data.
+
+        Returns:
+            A dict that :mod:`json` can write.
+        """
         return asdict(self)

@@ -37,6 +37,11 @@ class Detector:
         threshold: detections with ``score > threshold`` are given.
         batch: the batch size that ``run`` is fixed to; ``None`` where any will do.
         spec: how raw outputs are decoded, where that is known.
+
+    Example:
+        >>> detector = Detector.load("tiny", device="cpu")
+        >>> detector.predict(torch.zeros(3, 64, 64))[0]["boxes"].shape
+        torch.Size([0, 4])
     """
 
     def __init__(
@@ -86,6 +91,11 @@ class Detector:
             OSError: nothing at that place.
             ValueError: an unknown backend or one that the device does not have, a threshold out of range, or a file
                 that is not a whole detector written by detpost.
+
+        Example:
+            >>> detector = Detector.load("tiny", device="cpu", threshold=0.4)
+            >>> detector.class_names[7], detector.spec.top_k
+            ('7', 30)
         """
         if backend not in BACKENDS:
             raise ValueError(f"unknown backend {backend!r}: take one of {', '.join(BACKENDS)}")
@@ -126,7 +136,7 @@ class Detector:
         Raises:
             OSError: a file that is missing or cannot be read as an image.
             TypeError: an object that is not an image.
-            ValueError: an array of another shape.
+            ValueError: an array of another shape, or a batch size below 1.
 
         Example:
             >>> from detpost.zoo import sample_images

@@ -27,6 +27,9 @@ class DetectionPostProcessor(nn.Module):
     Args:
         spec: what the decode does.
 
+    Raises:
+        TypeError: a spec that is not a :class:`DecodeSpec`.
+
     Example:
         >>> post = DetectionPostProcessor(DecodeSpec(top_k=1))
         >>> logits = torch.tensor([[[0.0, 4.0], [1.0, 2.0]]])  # (B=1, Q=2, C=2)
@@ -58,6 +61,10 @@ class DetectionPostProcessor(nn.Module):
         Raises:
             ValueError: an unknown preset, or a value out of range.
             TypeError: an unknown field.
+
+        Example:
+            >>> DetectionPostProcessor.from_preset("detr", top_k=10).spec.activation
+            'softmax'
         """
         return cls(DecodeSpec.preset(name, **overrides))
 
@@ -114,6 +121,14 @@ class DetectorModule(nn.Module):
     Args:
         model: images (B, 3, H, W) to what :func:`raw_outputs` reads.
         post: the post-processor.
+
+    Example:
+        >>> class Model(nn.Module):
+        ...     def forward(self, images):
+        ...         return torch.zeros(len(images), 5, 2), torch.full((len(images), 5, 4), 0.5)
+        >>> detector = DetectorModule(Model(), DetectionPostProcessor.from_preset("rtdetr", top_k=3))
+        >>> detector(torch.zeros(2, 3, 8, 8), torch.tensor([[10, 20], [30, 40]])).boxes.shape
+        torch.Size([2, 3, 4])
     """
 
     def __init__(self, model: nn.Module, post: DetectionPostProcessor) -> None:
@@ -133,6 +148,9 @@ class DetectorModule(nn.Module):
 
         Returns:
             Detections of the batch.
+
+        Raises:
+            TypeError: a model that gives neither a tuple nor a mapping with logits and boxes.
         """
         outputs = self.model(images) if pixel_mask is None else self.model(images, pixel_mask=pixel_mask)
         return cast(Detections, self.post(*raw_outputs(outputs), image_sizes))
@@ -150,6 +168,11 @@ def raw_outputs(outputs: Any) -> tuple[Tensor, Tensor]:
 
     Raises:
         TypeError: anything else; the message names what came.
+
+    Example:
+        >>> logits, boxes = raw_outputs({"pred_logits": torch.zeros(1, 5, 2), "pred_boxes": torch.zeros(1, 5, 4)})
+        >>> logits.shape, boxes.shape
+        (torch.Size([1, 5, 2]), torch.Size([1, 5, 4]))
     """
     if isinstance(outputs, Mapping):
         logits = next((outputs[name] for name in ("logits", "pred_logits") if name in outputs), None)

@@ -74,6 +74,10 @@ def best_class(logits: Tensor) -> Tensor:
 
     Returns:
         (...), int64. Carries no gradient.
+
+    Example:
+        >>> best_class(torch.tensor([[0.0, 3.0, 3.0], [float("nan"), -1.0, -2.0]]))
+        tensor([1, 1])
     """
     rows = logits.detach()
     is_number = ~rows.isnan()

@@ -72,6 +72,22 @@ def attach(
         ImportError: onnx is missing; the message names the extra.
         OSError: a source that is missing or not an ONNX file.
         ValueError: outputs that are missing or ambiguous; the message lists what the file has.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> from onnx import TensorProto, helper, save
+        >>> values = [
+        ...     helper.make_tensor_value_info(name, TensorProto.FLOAT, [None, 20, last])
+        ...     for name, last in [("features", 5), ("points", 4), ("logits", 5), ("boxes", 4)]
+        ... ]
+        >>> nodes = [helper.make_node("Relu", [a], [b]) for a, b in [("features", "logits"), ("points", "boxes")]]
+        >>> graph = helper.make_graph(nodes, "someone else's", values[:2], values[2:])
+        >>> model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+        >>> with TemporaryDirectory() as folder:
+        ...     save(model, f"{folder}/theirs.onnx")
+        ...     made = attach(f"{folder}/theirs.onnx", f"{folder}/ours.onnx", DecodeSpec.preset("rtdetr"))
+        >>> made.inputs, made.outputs
+        (('features', 'points', 'image_sizes'), ('labels', 'boxes', 'scores', 'valid'))
     """
     onnx = import_onnx()
     say = progress or (lambda _: None)

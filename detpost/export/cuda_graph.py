@@ -42,6 +42,14 @@ class CudaGraph:
     Raises:
         RuntimeError: no CUDA device, or a module that cannot be captured; the message names it and the reason.
         ValueError: inputs that are not all on one CUDA device, or a bound below 1.
+
+    Example:
+        >>> from detpost import DetectionPostProcessor
+        >>> post = DetectionPostProcessor.from_preset("rtdetr")
+        >>> graph = CudaGraph(post) if torch.cuda.is_available() else post
+        >>> device = "cuda" if torch.cuda.is_available() else "cpu"
+        >>> graph(torch.zeros(1, 300, 80, device=device), torch.zeros(1, 300, 4, device=device)).scores.shape
+        torch.Size([1, 300])
     """
 
     def __init__(

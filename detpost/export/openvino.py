@@ -74,6 +74,13 @@ def to_openvino(
         ImportError: openvino or onnx is missing; the message names the extra.
         OSError: an ``.onnx`` file that is missing.
         ValueError: arguments that do not fit, or a graph that OpenVINO does not take; the message says why.
+
+    Example:
+        >>> from detpost import DetectionPostProcessor
+        >>> post = DetectionPostProcessor.from_preset("rtdetr", top_k=10)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     to_openvino(post, f"{folder}/post.xml", num_queries=20, num_classes=5).inputs
+        ('pred_logits', 'pred_boxes', 'image_sizes')
     """
     openvino = _import_openvino()
     path = Path(path)
@@ -191,7 +198,14 @@ class OpenVinoModel:
         }
 
     def run(self, feed: Mapping[str, Any]) -> dict[str, Any]:
-        """Run the model: NumPy arrays by the name of the input to NumPy arrays by the name of the output."""
+        """Run the model.
+
+        Args:
+            feed: a NumPy array by the name of each input; shapes as in ``inputs``.
+
+        Returns:
+            A NumPy array by the name of each output.
+        """
         found = self.compiled(dict(feed))
         # Copies: the arrays that come back are OpenVINO's own memory, which the next run writes anew.
         return {value.get_any_name(): found[value].copy() for value in self.compiled.outputs}

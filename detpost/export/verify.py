@@ -58,6 +58,12 @@ class VerifyReport:
         reference: what it was verified against.
         kind: ``"post-processor"`` or ``"detector"``.
         checks: every comparison made.
+
+    Example:
+        >>> post = DetectionPostProcessor.from_preset("rtdetr", top_k=10)
+        >>> report = verify(post, post, num_queries=20, num_classes=5)
+        >>> report.ok, report.kind, sum(check.different for check in report.checks)
+        (True, 'post-processor', 0)
     """
 
     artifact: str
@@ -71,7 +77,11 @@ class VerifyReport:
         return bool(self.checks) and all(check.ok for check in self.checks)
 
     def to_json(self) -> str:
-        """Give the report as JSON."""
+        """Give the report as JSON.
+
+        Returns:
+            A JSON object with the fields above and ``ok``.
+        """
         return json.dumps({**asdict(self), "ok": self.ok}, indent=1)
 
     def __str__(self) -> str:
@@ -131,6 +141,11 @@ def verify(
     Raises:
         OSError: a file that is missing.
         ValueError: a post-processor against a detector, or a file that detpost did not write.
+
+    Example:
+        >>> post = DetectionPostProcessor.from_preset("rtdetr", top_k=10)
+        >>> verify(post, "rtdetr", num_queries=20, num_classes=5).ok  # the preset keeps 300
+        False
     """
     from detpost.export.opening import open_artifact
 

@@ -24,7 +24,7 @@ _LOG_ZERO = -1e30
 class Keypoints(NamedTuple):
     """Keypoints of B images in K slots, beside the Detections that they belong to.
 
-    Args:
+    Attributes:
         points: (B, K, N, 3), x and y in pixels (normalised without image sizes), and the probability that the keypoint
             can be found.
         scores: (B, K), the detections' scores, fused with how certain the keypoints are where that was asked for. The

@@ -29,7 +29,7 @@ __all__ = ["OrientedBoxes", "OrientedDetections"]
 class OrientedDetections(NamedTuple):
     """Oriented boxes of B images in K slots, beside the Detections that they belong to.
 
-    Args:
+    Attributes:
         boxes: (B, K, 5), (cx, cy, w, h, angle), the angle in [-pi / 2, pi / 2).
         corners: (B, K, 4, 2), x and y, clockwise on the screen from the corner that is the upper left one at angle 0.
         enclosing: (B, K, 4), xyxy of the smallest upright box around the corners.

@@ -19,10 +19,10 @@ _ROWS_PER_STEP = 8
 
 
 def distance_transform_edt(mask: Tensor, spacing: float | Sequence[float] | None = None) -> Tensor:
-    r"""Exact Euclidean distance of every element to the nearest zero of its own image and channel.
+    """Exact Euclidean distance of every element to the nearest zero of its own image and channel.
 
-    The squared distance separates over the axes,
-    :math:`D(i) = \min_j f(j) + w^2 (i - j)^2` (Felzenszwalb and Huttenlocher, "Distance transforms of sampled
+    The squared distance separates over the axes: along one, ``D(i)`` is the minimum over ``j`` of
+    ``f(j) + w**2 * (i - j)**2`` (Felzenszwalb and Huttenlocher, "Distance transforms of sampled
     functions", 2012, equation 1). The last axis is solved by doubling steps, the others by taking that minimum row by
     row: time grows with the side length L as O(N L), memory stays O(N), and control flow depends on shapes alone, so
     the whole transform is one graph under ``torch.compile(fullgraph=True)``. For equal spacing the squared distances

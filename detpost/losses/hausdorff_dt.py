@@ -29,10 +29,10 @@ def hausdorff_dt_loss(
     batch: bool = False,
     spacing: float | Sequence[float] | None = None,
 ) -> Tensor:
-    r"""Hausdorff loss that weighs the squared error with the distances to both boundaries.
+    """Hausdorff loss that weighs the squared error with the distances to both boundaries.
 
-    Per image and class, the mean over elements of :math:`(p - t)^2 (d_p^\alpha + d_t^\alpha)`, where :math:`d_p` is the
-    distance of an element to the nearest one on the other side of the boundary of ``p > 0.5``, and :math:`d_t` the same
+    Per image and class, the mean over elements of ``(p - t)**2 * (d_p**alpha + d_t**alpha)``, where ``d_p`` is the
+    distance of an element to the nearest one on the other side of the boundary of ``p > 0.5``, and ``d_t`` the same
     for the target (Karimi and Salcudean 2019, equation 8). A mask without a boundary, empty or full, has d = 0. The
     distances carry no gradient. They are computed where the tensors are, exactly and in float32. Values are those of
     ``monai.losses.HausdorffDTLoss``, except that an integer one-hot target gives the same as a floating one (MONAI
@@ -198,7 +198,19 @@ class HausdorffDTLoss(nn.Module):
         self.spacing = spacing
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        """Compare input (B, C, [D,] H, W) with target; see :func:`hausdorff_dt_loss`."""
+        """Compare input with target; see :func:`hausdorff_dt_loss`.
+
+        Args:
+            input: (B, C, H, W) or (B, C, D, H, W), any floating dtype.
+            target: as ``input``, or (B, 1, ...) class ids with ``to_onehot_y``.
+
+        Returns:
+            A scalar, or (B, C, 1, ...) for ``"none"``; float64 for float64, else float32.
+
+        Raises:
+            TypeError: an argument is not a tensor.
+            ValueError: ranks or shapes that do not fit, or a class id out of range.
+        """
         return hausdorff_dt_loss(
             input,
             target,
@@ -215,7 +227,22 @@ class HausdorffDTLoss(nn.Module):
 
 
 class LogHausdorffDTLoss(HausdorffDTLoss):
-    """Logarithm of one plus :class:`HausdorffDTLoss`, same arguments; the form of :func:`log_hausdorff_dt_loss`.
+    """Logarithm of one plus :class:`HausdorffDTLoss`; the module form of :func:`log_hausdorff_dt_loss`.
+
+    Args:
+        alpha: exponent of the distances.
+        include_background: keep channel 0.
+        to_onehot_y: turn class ids (B, 1, ...) into one-hot.
+        sigmoid: apply a sigmoid to the input.
+        softmax: apply a softmax over channels to the input.
+        other_act: apply this to the input.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+        batch: take the mean over the batch together with the elements.
+        spacing: side lengths of an element, one number or one per spatial axis.
+
+    Raises:
+        TypeError: ``other_act`` is not callable.
+        ValueError: more than one activation, or an unknown reduction.
 
     Example:
         >>> loss = LogHausdorffDTLoss(sigmoid=True, include_background=True)
@@ -224,7 +251,19 @@ class LogHausdorffDTLoss(HausdorffDTLoss):
     """
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        """Compare input (B, C, [D,] H, W) with target; see :func:`log_hausdorff_dt_loss`."""
+        """Compare input with target; see :func:`log_hausdorff_dt_loss`.
+
+        Args:
+            input: (B, C, H, W) or (B, C, D, H, W), any floating dtype.
+            target: as ``input``, or (B, 1, ...) class ids with ``to_onehot_y``.
+
+        Returns:
+            A scalar, or (B, C, 1, ...) for ``"none"``; float64 for float64, else float32.
+
+        Raises:
+            TypeError: an argument is not a tensor.
+            ValueError: ranks or shapes that do not fit, or a class id out of range.
+        """
         return torch.log(super().forward(input, target) + 1)
 
 

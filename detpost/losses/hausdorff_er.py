@@ -22,14 +22,13 @@ _LARGEST_DIFFERENCE = 1e12
 
 
 def hausdorff_er_loss(pred: Tensor, target: Tensor, alpha: float = 2.0, k: int = 10, reduction: str = "mean") -> Tensor:
-    r"""Hausdorff loss of 2-D segmentations by repeated soft erosion of the squared error.
+    """Hausdorff loss of 2-D segmentations by repeated soft erosion of the squared error.
 
-    The error :math:`b_0 = (p - t)^2` of each image and class is eroded k times,
-    :math:`e_i = \max(s * b_{i-1} - 0.5, 0)` with s the mean over an element and its direct neighbours, each erosion is
-    stretched to [0, 1] as :math:`b_i`, and the loss sums :math:`i^\alpha b_i`: thick errors survive more erosions
-    and weigh more (Karimi and Salcudean, "Reducing the Hausdorff distance in medical image segmentation with
-    convolutional neural networks", 2019, equations 9 and 10). Values and gradients are those of
-    ``kornia.losses.HausdorffERLoss``.
+    The error ``b_0 = (p - t)**2`` of each image and class is eroded k times, ``e_i = max(mean(b_(i-1)) - 0.5, 0)`` with
+    the mean over an element and its direct neighbours. Each erosion is stretched to [0, 1] as ``b_i``, and the loss
+    sums ``i**alpha * b_i``: thick errors survive more erosions and weigh more (Karimi and Salcudean, "Reducing the
+    Hausdorff distance in medical image segmentation with convolutional neural networks", 2019, equations 9 and 10).
+    Values and gradients are those of ``kornia.losses.HausdorffERLoss``.
 
     Args:
         pred: (B, C, H, W) probabilities of any floating dtype, after softmax. Half precision is computed in float32.
@@ -43,6 +42,7 @@ def hausdorff_er_loss(pred: Tensor, target: Tensor, alpha: float = 2.0, k: int =
         float32. Finite, with finite gradients, for every finite ``pred``: differences beyond 1e12 count as 1e12.
 
     Raises:
+        TypeError: an argument is not a tensor.
         ValueError: rank, shape, dtype, an id out of range, or an argument is not as above. On an accelerator an id out
             of range is an asynchronous device-side assertion instead, so that nothing waits for the device; an exported
             graph does not look.
@@ -78,6 +78,7 @@ def hausdorff_er_loss_3d(
         A scalar, or (C, B, 1, D, H, W) for ``"none"``.
 
     Raises:
+        TypeError: as :func:`hausdorff_er_loss`.
         ValueError: as :func:`hausdorff_er_loss`.
 
     Example:
@@ -113,6 +114,9 @@ class HausdorffERLoss(_HausdorffER):
         k: number of erosions, at least 1.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
 
+    Raises:
+        ValueError: ``k`` below 1, or an unknown reduction.
+
     Example:
         >>> loss = HausdorffERLoss(k=5)
         >>> pred = torch.rand(2, 3, 16, 16, requires_grad=True)
@@ -122,7 +126,19 @@ class HausdorffERLoss(_HausdorffER):
     """
 
     def forward(self, pred: Tensor, target: Tensor) -> Tensor:
-        """Compare pred (B, C, H, W) with the class ids target (B, 1, H, W); see :func:`hausdorff_er_loss`."""
+        """Compare a prediction with class ids; see :func:`hausdorff_er_loss`.
+
+        Args:
+            pred: (B, C, H, W) probabilities of any floating dtype, after softmax.
+            target: (B, 1, H, W) class ids in [0, C) of any integer dtype.
+
+        Returns:
+            A scalar, or (C, B, 1, H, W) for ``"none"``; float64 for float64, else float32.
+
+        Raises:
+            TypeError: an argument is not a tensor.
+            ValueError: rank, shape, dtype or a class id is not as above.
+        """
         return hausdorff_er_loss(pred, target, self.alpha, self.k, self.reduction)
 
 
@@ -134,6 +150,9 @@ class HausdorffERLoss3D(_HausdorffER):
         k: number of erosions, at least 1.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
 
+    Raises:
+        ValueError: ``k`` below 1, or an unknown reduction.
+
     Example:
         >>> loss = HausdorffERLoss3D(reduction="sum")
         >>> float(loss(torch.zeros(1, 1, 5, 5, 5), torch.zeros(1, 1, 5, 5, 5, dtype=torch.long))) > 0
@@ -141,7 +160,19 @@ class HausdorffERLoss3D(_HausdorffER):
     """
 
     def forward(self, pred: Tensor, target: Tensor) -> Tensor:
-        """Compare pred (B, C, D, H, W) with the class ids target (B, 1, D, H, W); see :func:`hausdorff_er_loss_3d`."""
+        """Compare a prediction with class ids; see :func:`hausdorff_er_loss_3d`.
+
+        Args:
+            pred: (B, C, D, H, W) probabilities of any floating dtype, after softmax.
+            target: (B, 1, D, H, W) class ids in [0, C) of any integer dtype.
+
+        Returns:
+            A scalar, or (C, B, 1, D, H, W) for ``"none"``; float64 for float64, else float32.
+
+        Raises:
+            TypeError: an argument is not a tensor.
+            ValueError: rank, shape, dtype or a class id is not as above.
+        """
         return hausdorff_er_loss_3d(pred, target, self.alpha, self.k, self.reduction)
 
 

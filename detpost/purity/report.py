@@ -126,7 +126,11 @@ class PurityReport:
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as plain Python values."""
+        """The report as plain Python values.
+
+        Returns:
+            A dict with ``subject``, ``ok``, ``clean``, ``findings`` and ``stages``.
+        """
         return {
             "subject": self.subject,
             "ok": self.ok,

@@ -15,6 +15,9 @@ SAMPLES = Path(__file__).parent / "samples"
 def sample_images() -> list[Path]:
     """Lists the sample images, sorted by name.
 
+    Returns:
+        The paths of four PNG files.
+
     Example:
         >>> [path.suffix for path in sample_images()]
         ['.png', '.png', '.png', '.png']
