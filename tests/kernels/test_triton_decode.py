@@ -13,8 +13,10 @@ from detpost.kernels.triton_decode import decode, supported
 from detpost.kernels.triton_select import block_sizes
 from tests.kernels.triton_harness import (
     INTERPRETED,
+    _plain_references,  # noqa: F401
     assert_compiles,
     assert_passes_interpreted,
+    assert_plain,
     compiled_whole,
     in_the_ordinary_process,
     on_each_device,
@@ -57,6 +59,13 @@ def hold(logits, boxes, sizes, spec, device):
             torch.testing.assert_close(ours.cpu(), plain, rtol=2e-7, atol=0)
         else:
             assert torch.equal(ours.cpu(), plain), (spec, name, ours, plain)
+
+
+@on_each_device
+@pytest.mark.parametrize("spec", [DecodeSpec(top_k=3), DecodeSpec("softmax", "per_query", 3)], ids=repr)
+def test_the_reference_is_no_kernel(spec, device):
+    logits, boxes, sizes = raw()
+    assert_plain(DetectionPostProcessor(spec), logits.to(device), boxes.to(device), sizes.to(device))
 
 
 @in_the_ordinary_process

@@ -10,8 +10,10 @@ from detpost.kernels.triton_distance import squared_boundary_distance, squared_d
 from detpost.losses import distance_transform as plain
 from tests.kernels.triton_harness import (
     INTERPRETED,
+    _plain_references,  # noqa: F401
     assert_compiles,
     assert_passes_interpreted,
+    assert_plain,
     compiled_whole,
     in_the_ordinary_process,
     on_each_device,
@@ -34,6 +36,11 @@ def hold(inside, spacing, device):
             assert torch.equal(actual.cpu(), wanted), (inside, spacing)
         else:  # a GPU fuses a product and a sum
             torch.testing.assert_close(actual.cpu(), wanted, rtol=3e-7, atol=0)
+
+
+@on_each_device
+def test_the_reference_is_no_kernel(device):
+    assert_plain(plain.squared_distance, torch.rand(1, 1, 4, 5, device=device) < 0.5, (1.0, 1.0))
 
 
 @in_the_ordinary_process

@@ -13,8 +13,10 @@ from detpost.kernels.triton_erosion import erode, erosion_gradient, supported
 from detpost.losses import hausdorff_er as plain
 from tests.kernels.triton_harness import (
     INTERPRETED,
+    _plain_references,  # noqa: F401
     assert_compiles,
     assert_passes_interpreted,
+    assert_plain,
     compiled_whole,
     in_the_ordinary_process,
     on_each_device,
@@ -69,6 +71,12 @@ def hold(pred, target, keep_field, device, weights=WEIGHTS, grad=None):
 def small(kind, sides):
     pred, target = example(kind, sides, torch.float32)
     return (pred[:1, :2], target[:1]) if INTERPRETED else (pred, target)
+
+
+@on_each_device
+def test_the_reference_is_no_kernel(device):
+    pred, target = (value.to(device) for value in small("random", (4, 5)))
+    assert_plain(plain._Erosion.apply, pred, target, torch.arange(pred.shape[1], device=device), WEIGHTS, 2, False)
 
 
 @in_the_ordinary_process

@@ -12,6 +12,7 @@ from detpost.kernels import triton_select
 from detpost.kernels.triton_select import block_sizes, segment_count, select, supported
 from tests.kernels.triton_harness import (
     INTERPRETED,
+    _plain_references,  # noqa: F401
     assert_compiles,
     assert_passes_interpreted,
     compiled_whole,

@@ -15,9 +15,35 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICES = ["cpu"] if INTERPRETED else [pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.fixture(autouse=True)
+def _plain_references(monkeypatch):
+    """Hold the kernels to PyTorch's own operators: left alone, a reference would run on kernels too, even on these."""
+    monkeypatch.setenv("DETPOST_KERNEL", "aten")
+
+
+class _Operators(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+def assert_plain(reference, *arguments) -> None:
+    """Refuse a reference that reaches any operator of this project's own."""
+    with _Operators() as seen:
+        reference(*arguments)
+    assert seen.names, "nothing was seen to run"
+    assert not [name for name in seen.names if name.startswith("detpost")]
+
 
 on_each_device = pytest.mark.parametrize("device", DEVICES)
 in_the_ordinary_process = pytest.mark.skipif(INTERPRETED, reason="about kernels that are not interpreted")
