@@ -47,7 +47,7 @@ def select(scores: Tensor, k: int) -> Tensor | None:
     kept = min(k, scores.shape[1])
     if 0 in (len(scores), kept):
         return None
-    rows = scores.detach().to(torch.float32).numpy()
+    rows = _array(scores)
     chosen = [_best_of_row(row, kept) for row in rows]
     if any(indices is None for indices in chosen):
         return None
@@ -70,9 +70,9 @@ def decode(logits: Tensor, boxes: Tensor, image_sizes: Tensor | None, spec: Deco
     kept = min(spec.top_k, queries * classes)
     if 0 in (batch, kept):
         return None
-    rows = logits.detach().to(torch.float32).numpy().reshape(batch, queries * classes)
-    corners_of = boxes.detach().to(torch.float32).numpy()
-    sizes = None if image_sizes is None else image_sizes.detach().to(torch.float32).numpy()
+    rows = _array(logits).reshape(batch, queries * classes)
+    corners_of = _array(boxes)
+    sizes = None if image_sizes is None else _array(image_sizes)
     scores = np.empty((batch, kept), np.float32)
     labels = np.empty((batch, kept), np.int64)
     corners = np.empty((batch, kept, 4), np.float32)
@@ -81,11 +81,13 @@ def decode(logits: Tensor, boxes: Tensor, image_sizes: Tensor | None, spec: Deco
         best = _best_of_row(rows[image], kept)
         if best is None:
             return None
-        with np.errstate(over="ignore"):  # exp(inf) is meant
-            scores[image] = 1.0 / (1.0 + np.exp(-rows[image][best].astype(np.float64)))
+        # Beyond 709 the exponential overflows with a warning; there a score is 0 in float32 all the same.
+        opposite = np.minimum(np.negative(rows[image][best], dtype=np.float64), 709.0)
+        scores[image] = 1.0 / (1.0 + np.exp(opposite))
         np.floor_divide(best, classes, out=chosen[image])
         np.subtract(best, chosen[image] * classes, out=labels[image])
-        _decode_boxes(corners_of[image], chosen[image], None if sizes is None else sizes[image], spec, corners[image])
+        size = None if sizes is None else sizes[image]
+        corners[image] = _decoded_boxes(corners_of[image], chosen[image], size, spec).T
     valid = np.ones((batch, kept), bool)
     if spec.score_threshold is not None:
         valid = scores > np.float32(spec.score_threshold)
@@ -95,40 +97,53 @@ def decode(logits: Tensor, boxes: Tensor, image_sizes: Tensor | None, spec: Deco
     return Detections(*found)
 
 
+def _array(values: Tensor) -> Any:
+    return (values if values.dtype == torch.float32 else values.to(torch.float32)).detach().numpy()
+
+
 def _best_of_row(row: Any, kept: int) -> Any | None:
     """Give the indices of the best, or ``None`` where the bound does not hold: NaN, or too many ties."""
     width = row.shape[0]
     groups = _GROUPS_PER_KEPT * kept
-    if width >= 4 * groups:
-        # Groups of elements far apart: their maxima are maxima of whole slices, which a processor takes in its stride.
-        whole = width // groups * groups
-        maxima = row[:whole].reshape(-1, groups).max(axis=0)
-        bound = np.partition(maxima, groups - kept)[groups - kept]
-        if np.isnan(maxima).any():
-            return None
-        candidates = np.flatnonzero(row >= bound)
-        if len(candidates) > _MOST_CANDIDATES_PER_KEPT * kept:
-            return None
-        values = row[candidates]
-        order = np.argsort(-values, kind="stable")[:kept]
-        return candidates[order] if not np.isnan(row[whole:]).any() else None
-    order = np.argsort(-row, kind="stable")[:kept]  # -0.0 and 0.0 compare equal
-    return order if not np.isnan(row).any() else None
+    if width < 4 * groups:
+        return None if np.isnan(row).any() else _in_order(row, np.arange(width), kept)
+    # Groups of elements far apart: their maxima are maxima of whole slices, which a processor takes in its stride.
+    whole = width // groups * groups
+    maxima = np.maximum.reduce(row[:whole].reshape(-1, groups), axis=0)
+    maxima.partition((groups - kept, groups - 1))
+    bound, last = maxima[groups - kept], maxima[groups - 1]
+    if last != last or (whole < width and np.isnan(row[whole:]).any()):  # NaN is sorted to the end
+        return None
+    candidates = (row >= bound).nonzero()[0]
+    if candidates.shape[0] > _MOST_CANDIDATES_PER_KEPT * kept:
+        return None
+    return _in_order(row[candidates], candidates, kept)
 
 
-def _decode_boxes(boxes: Any, chosen: Any, size: Any | None, spec: DecodeSpec, out: Any) -> None:
-    taken = boxes[chosen]
-    first, second = taken[:, :2], taken[:, 2:]
+def _in_order(values: Any, indices: Any, kept: int) -> Any:
+    """Order numbers downwards and then by index, as unique integers: NumPy sorts these fastest, without a branch."""
+    bits = (values + np.float32(0)).view(np.int32)  # -0.0 and 0.0 are one number
+    ascending = bits ^ ((bits >> 31) & np.int32(0x7FFFFFFF))
+    keys = (~ascending).astype(np.int64) << 32
+    keys |= indices
+    keys.sort()
+    return keys[:kept] & 0xFFFFFFFF
+
+
+def _decoded_boxes(boxes: Any, chosen: Any, size: Any | None, spec: DecodeSpec) -> Any:
+    """Give the corners (4, K) of the chosen boxes: side by side, since rows of four are too short for a processor."""
+    taken = boxes[chosen].T.copy()
+    first, second = taken[:2], taken[2:]
     if spec.box_format == "cxcywh":
         half = second * np.float32(0.5)
-        np.subtract(first, half, out=out[:, :2])
-        np.add(first, half, out=out[:, 2:])
-    else:
-        out[:, :2] = first
-        out[:, 2:] = second if spec.box_format == "xyxy" else first + second
-    if size is not None:
-        limits = size[[1, 0, 1, 0]]
-        np.multiply(out, limits, out=out)
-    if spec.clip:
-        np.maximum(out, np.float32(0), out=out)
-        np.minimum(out, np.float32(1) if size is None else limits, out=out)
+        np.add(first, half, out=second)
+        np.subtract(first, half, out=first)
+    elif spec.box_format == "xywh":
+        np.add(first, second, out=second)
+    limits: Any = np.float32(1) if size is None else size[::-1, None]
+    for corner in (first, second):
+        if size is not None:
+            np.multiply(corner, limits, out=corner)
+        if spec.clip:
+            np.minimum(np.maximum(corner, np.float32(0), out=corner), limits, out=corner)
+    return taken
