@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from detpost.detections import Detections
+from detpost.kernels import native, numpy_decode
 from detpost.spec import DecodeSpec
 
 __all__ = ["KERNELS", "decode", "for_losses", "is_exporting", "kind_for", "native_is_missing", "select"]
@@ -35,8 +36,6 @@ _INT32_MAX = 2**31 - 1
 
 def native_is_missing() -> str | None:
     """Say why the C++ kernels cannot be used; ``None`` where they can."""
-    from detpost.kernels import native
-
     return native.missing()
 
 
@@ -103,12 +102,14 @@ def _is_transformed() -> bool:
     return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
 
 
-def _is_observed(*tensors: Tensor | None) -> bool:
+def _is_observed(first: Tensor, second: Tensor | None = None, third: Tensor | None = None) -> bool:
     """Whether someone watches the operators that run: a tracer, a checker, a tensor of another kind."""
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
-        or any(value is not None and type(value) is not Tensor for value in tensors)
+        or type(first) is not Tensor
+        or (second is not None and type(second) is not Tensor)
+        or (third is not None and type(third) is not Tensor)
     )
 
 
@@ -132,12 +133,8 @@ def select(scores: Tensor, k: int) -> Tensor | None:
         return None
     kind = _kind()(scores.device.type)
     if kind == "native":
-        from detpost.kernels import native
-
         return native.select(scores, k) if native.takes_scores(scores.dtype) else None
     if kind == "numpy" and not _is_observed(scores):
-        from detpost.kernels import numpy_decode
-
         return numpy_decode.select(scores, k) if numpy_decode.takes_scores(scores.dtype) else None
     if kind == "triton":
         by_triton = _triton("select")
@@ -167,15 +164,11 @@ def decode(logits: Tensor, boxes: Tensor, image_sizes: Tensor | None, spec: Deco
         return None
     kind = _kind()(logits.device.type)
     if kind == "native":
-        from detpost.kernels import native
-
         if not native.takes_scores(logits.dtype):
             return None
         run = native.decode_as_operator if _is_observed(logits, boxes, image_sizes) else native.decode
         return run(logits, boxes, image_sizes, spec)
     if kind == "numpy" and not _is_observed(logits, boxes, image_sizes):
-        from detpost.kernels import numpy_decode
-
         takes = numpy_decode.takes_spec(spec) and numpy_decode.takes_scores(logits.dtype)
         return numpy_decode.decode(logits, boxes, image_sizes, spec) if takes else None
     if kind == "triton":
