@@ -136,17 +136,21 @@ class Pool {
 
 constexpr int kMostThreads = 64;
 
+long process_number() {
+#if defined(_WIN32)
+  return 0;
+#else
+  return static_cast<long>(getpid());
+#endif
+}
+
 // The pool of this process. A forked child inherits the memory of its parent's pool but none of its threads, so it
 // makes its own; both are left to the end of the process, when joining threads would be too late.
 Pool& pool() {
   static std::mutex mutex;
   static Pool* current = nullptr;
   static long owner = -1;
-#if defined(_WIN32)
-  const long process = 0;
-#else
-  const long process = static_cast<long>(getpid());
-#endif
+  const long process = process_number();
   std::lock_guard<std::mutex> lock(mutex);
   if (owner != process) {
     int count = static_cast<int>(std::thread::hardware_concurrency()) - 1;
@@ -156,11 +160,34 @@ Pool& pool() {
   return *current;
 }
 
+// PyTorch's own threads, by the entry point of the OpenMP library that it runs on. After any of its operators these stay
+// awake for some milliseconds, waiting for the next; threads of ours would have to share the processors with them.
+using OpenMpParallel = void (*)(void (*run)(void*), void* data, unsigned threads, unsigned flags);
+std::atomic<OpenMpParallel> openmp_parallel{nullptr};
+std::atomic<long> openmp_process{-1};  // a forked child must not use them: its copies of the threads do not exist
+
+struct SharedJob {
+  const Job* job;
+  std::atomic<int64_t> next;
+};
+
+void run_shared(void* data) {
+  SharedJob& shared = *static_cast<SharedJob*>(data);
+  const Job& job = *shared.job;
+  for (int64_t i; (i = shared.next.fetch_add(1, std::memory_order_relaxed)) < job.count;) job.run(job.data, i);
+}
+
 void parallel(const Job& job, int threads) {
   const int available = static_cast<int>(std::thread::hardware_concurrency());
   int64_t helpers = threads < available ? threads : available;
   helpers = (helpers < job.count ? helpers : job.count) - 1;
   if (helpers > kMostThreads - 1) helpers = kMostThreads - 1;
+  const OpenMpParallel shared_parallel = openmp_parallel.load(std::memory_order_relaxed);
+  if (helpers > 0 && shared_parallel && openmp_process.load(std::memory_order_relaxed) == process_number()) {
+    SharedJob shared{&job, {0}};
+    shared_parallel(run_shared, &shared, static_cast<unsigned>(helpers + 1), 0);
+    return;
+  }
   if (helpers > 0 && pool().try_run(job, static_cast<int>(helpers))) return;
   for (int64_t i = 0; i < job.count; ++i) job.run(job.data, i);
 }
@@ -319,6 +346,12 @@ void start(void (*plain)(const void*, int64_t), void (*wide)(const void*, int64_
 // The least and the greatest of `count` numbers, at least one.
 DETPOST_EXPORT void detpost_range(const int64_t* values, int64_t count, int64_t* range) {
   (use_v3() ? DETPOST_SECOND(find_range) : baseline::find_range)(values, count, range);
+}
+
+// Takes the address of GOMP_parallel in the OpenMP library that PyTorch runs on.
+DETPOST_EXPORT void detpost_share_threads(void* parallel_function) {
+  openmp_process = process_number();
+  openmp_parallel = reinterpret_cast<OpenMpParallel>(parallel_function);
 }
 
 // Raised with every change of a signature below: native.py refuses another number.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.machinery
+import os
 from collections.abc import Sequence
 from ctypes import c_double, c_float, c_int, c_int64, c_void_p
 from pathlib import Path
@@ -48,6 +49,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
         *(c_void_p, c_void_p, c_int64, c_int64, c_int64, c_int64, c_int64, c_int, c_float),
         *(c_void_p, c_int, c_void_p, c_void_p, c_void_p, c_void_p, c_int),
     ),
+    "detpost_share_threads": (c_void_p,),
     "detpost_range": (c_void_p, c_int64, c_void_p),
     "detpost_distance": (
         *(c_void_p, c_int64, c_int64, c_int64, c_int64, c_float, c_float, c_float, c_int, c_float, c_void_p, c_int),
@@ -76,7 +78,32 @@ def _library() -> ctypes.CDLL | str:
     for name, types in _SIGNATURES.items():
         function = getattr(library, name)
         function.argtypes, function.restype = types, None
+    shared = _openmp_parallel()
+    if shared is not None:
+        library.detpost_share_threads(shared)
     return library
+
+
+def _openmp_parallel() -> ctypes.c_void_p | None:
+    """Find the function by which PyTorch starts its threads, in the OpenMP library that it loaded.
+
+    Where there is none to be found the kernels have threads of their own: the same answers, some milliseconds later.
+    """
+    try:
+        maps = Path("/proc/self/maps").read_text().splitlines()
+    except OSError:
+        return None
+    paths = {line.split(maxsplit=5)[-1] for line in maps if ".so" in line}
+    names = ("libgomp", "libomp", "libiomp5")
+    of_openmp = [path for path in paths if Path(path).name.startswith(names)]
+    beside_torch = str(Path(torch.__file__).parent)
+    for path in sorted(of_openmp, key=lambda path: not path.startswith(beside_torch)):
+        try:
+            loaded = ctypes.CDLL(path, mode=os.RTLD_NOLOAD | os.RTLD_LAZY)
+            return ctypes.cast(loaded.GOMP_parallel, ctypes.c_void_p)
+        except (OSError, AttributeError):
+            continue
+    return None
 
 
 def missing() -> str | None:
