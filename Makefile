@@ -17,8 +17,9 @@ $(STAMP): pyproject.toml constraints.txt detpost/kernels/native.cpp
 demo: $(STAMP)
 	$(BIN)/detpost demo
 
+# Notebooks included; one thread in each, because the workers have the cores.
 test: $(STAMP)
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --nbmake --nbmake-timeout=300
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
