@@ -21,10 +21,11 @@ _IMAGES = {"image/png": "png", "image/jpeg": "jpg"}
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Put the pages in the navigation, under the section *Notebooks*."""
+    """Put the pages in the navigation, as a section before the background."""
     pages = [f"notebooks/{path.stem}.md" for path in _notebooks()]
     if pages and config.nav is not None:
-        config.nav = [*config.nav, {"Notebooks": pages}]
+        place = next((i for i, entry in enumerate(config.nav) if "Background" in entry), len(config.nav))
+        config.nav = [*config.nav[:place], {"Notebooks": pages}, *config.nav[place:]]
     return config
 
 
