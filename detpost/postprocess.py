@@ -86,29 +86,12 @@ class DetectionPostProcessor(nn.Module):
             TypeError: tensors of a wrong dtype.
         """
         _check(logits, boxes, image_sizes)
-        spec = self.spec
-        # A form of the whole decode orders as detpost does: not for a subclass that selects in its own way.
+        # A kernel for the whole decode orders as detpost does: not for a subclass that selects in its own way.
         if type(self).select_top_k is select_top_k:
-            found = kernels.decode(logits, boxes, image_sizes, spec)
+            found = kernels.decode(logits, boxes, image_sizes, self.spec)
             if found is not None:
                 return found
-        queries, labels = _select(logits, spec, self.select_top_k)  # (B, K) each
-        scores, is_number = _scores(logits, queries, labels, spec)
-
-        corners = box_ops.convert(_take(boxes, queries).to(_at_least_float32(boxes)), spec.box_format, "xyxy")
-        if image_sizes is not None:
-            corners = box_ops.scale(corners, image_sizes)
-        if spec.clip:
-            corners = corners.clamp(0, 1) if image_sizes is None else box_ops.clip(corners, image_sizes)
-
-        valid = is_number if spec.score_threshold is None else is_number & (scores > spec.score_threshold)
-        return Detections(
-            scores=torch.where(valid, scores, 0.0),
-            labels=torch.where(valid, labels, -1),
-            boxes=torch.where(valid.unsqueeze(-1), corners, 0.0),
-            queries=torch.where(valid, queries, -1),
-            valid=valid,
-        )
+        return decode_plainly(logits, boxes, image_sizes, self.spec, self.select_top_k)
 
     def extra_repr(self) -> str:
         """Show the spec in ``repr``."""
@@ -188,6 +171,44 @@ def raw_outputs(outputs: Any) -> tuple[Tensor, Tensor]:
             f"a detector must return (logits, boxes) or a mapping with logits/pred_logits and pred_boxes; got {came}"
         )
     return logits, boxes
+
+
+def decode_plainly(
+    logits: Tensor,
+    boxes: Tensor,
+    image_sizes: Tensor | None,
+    spec: DecodeSpec,
+    select_top_k: Callable[[Tensor, int], Tensor] = select_top_k,
+) -> Detections:
+    """Decode with PyTorch's own operators: what every kernel is held to.
+
+    Args:
+        logits: (B, Q, C), checked.
+        boxes: (B, Q, 4), checked.
+        image_sizes: (B, 2), checked, or ``None``.
+        spec: what the decode does.
+        select_top_k: how the best are selected.
+
+    Returns:
+        The detections, differentiable in logits and boxes.
+    """
+    queries, labels = _select(logits, spec, select_top_k)  # (B, K) each
+    scores, is_number = _scores(logits, queries, labels, spec)
+
+    corners = box_ops.convert(_take(boxes, queries).to(_at_least_float32(boxes)), spec.box_format, "xyxy")
+    if image_sizes is not None:
+        corners = box_ops.scale(corners, image_sizes)
+    if spec.clip:
+        corners = corners.clamp(0, 1) if image_sizes is None else box_ops.clip(corners, image_sizes)
+
+    valid = is_number if spec.score_threshold is None else is_number & (scores > spec.score_threshold)
+    return Detections(
+        scores=torch.where(valid, scores, 0.0),
+        labels=torch.where(valid, labels, -1),
+        boxes=torch.where(valid.unsqueeze(-1), corners, 0.0),
+        queries=torch.where(valid, queries, -1),
+        valid=valid,
+    )
 
 
 def _select(logits: Tensor, spec: DecodeSpec, top_k: Callable[[Tensor, int], Tensor]) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,8 @@ The environment variable ``DETPOST_KERNEL`` forces one:
 
 - ``native``: the C++ kernels, on the CPU. The default there, where they were built.
 - ``numpy``: NumPy, for the decode on the CPU. The default there otherwise.
-- ``triton``: the Triton kernels. The default on CUDA; on the CPU under ``TRITON_INTERPRET=1`` alone, for tests.
+- ``triton``: the Triton kernels. The default on CUDA, where a first trial of them agrees with PyTorch's own operators;
+  on the CPU under ``TRITON_INTERPRET=1`` alone, for tests.
 - ``aten``: PyTorch's own operators, everywhere.
 
 Whatever a form does not take (float64, gradients through the decode, another device) goes the plain way, and so does
@@ -17,8 +18,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
-from types import ModuleType
-from typing import Any
+import warnings
 
 import torch
 from torch import Tensor
@@ -31,7 +31,6 @@ __all__ = ["KERNELS", "decode", "for_losses", "is_exporting", "kind_for", "nativ
 
 KERNELS = ("native", "numpy", "triton", "aten")
 _VARIABLE = "DETPOST_KERNEL"
-_INT32_MAX = 2**31 - 1
 
 
 def native_is_missing() -> str | None:
@@ -67,9 +66,22 @@ def _kind_for(forced: str, device: str) -> str:
         if forced == "triton":
             return "triton" if os.environ.get("TRITON_INTERPRET") == "1" else "aten"
         return forced or ("native" if native_is_missing() is None else "numpy")
-    if device == "cuda" and forced in ("", "triton"):
-        return "triton" if importlib.util.find_spec("triton") is not None else "aten"
-    return "aten"
+    if device == "cuda" and forced == "":
+        return "triton" if importlib.util.find_spec("triton") is not None and _triton_agrees(device) else "aten"
+    return "triton" if device == "cuda" and forced == "triton" else "aten"
+
+
+@functools.cache
+def _triton_agrees(device: str) -> bool:
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    from detpost.kernels import triton_check
+
+    with _disable_current_modes():  # real tensors, whatever the caller traces
+        reason = triton_check.disagreement(device)
+    if reason is not None:
+        warnings.warn(f"detpost computes without its Triton kernels: {reason}", stacklevel=2)
+    return reason is None
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -77,9 +89,17 @@ def _constant_kind_for(device: str) -> str:
     return kind_for(device)
 
 
-def _kind() -> Any:
-    # Dynamo looks once, and asks no questions of the environment and the file system.
-    return _constant_kind_for if torch.compiler.is_compiling() else kind_for
+def _kind_of(device: torch.device) -> str:
+    """Give the form for tensors on a device, as seen from where it is asked."""
+    if torch.compiler.is_compiling():  # looked up once, without following the environment and the file system
+        constant: str = _constant_kind_for(device.type)
+        return constant
+    if device.type == "cuda":
+        if device.index not in (None, torch.cuda.current_device()):
+            return "aten"  # Triton launches on the current GPU
+        if torch.cuda.is_current_stream_capturing() and not _triton_agrees.cache_info().currsize:
+            return "aten"  # while a CUDA graph is captured nothing can be tried
+    return kind_for(device.type)
 
 
 def is_exporting() -> bool:
@@ -113,12 +133,6 @@ def _is_observed(first: Tensor, second: Tensor | None = None, third: Tensor | No
     )
 
 
-def _triton(part: str) -> ModuleType:
-    import importlib
-
-    return importlib.import_module(f"detpost.kernels.triton_{part}")
-
-
 def select(scores: Tensor, k: int) -> Tensor | None:
     """Select by the form that serves the scores' device.
 
@@ -131,13 +145,14 @@ def select(scores: Tensor, k: int) -> Tensor | None:
     """
     if scores.dtype == torch.float64 or _writes_a_graph() or _is_transformed():
         return None
-    kind = _kind()(scores.device.type)
+    kind = _kind_of(scores.device)
     if kind == "native":
         return native.select(scores, k) if native.takes_scores(scores.dtype) else None
     if kind == "numpy" and not _is_observed(scores):
         return numpy_decode.select(scores, k) if numpy_decode.takes_scores(scores.dtype) else None
     if kind == "triton":
-        by_triton = _triton("select")
+        from detpost.kernels import triton_select as by_triton
+
         return by_triton.select(scores, k) if by_triton.supported(scores, k) else None
     return None
 
@@ -154,17 +169,15 @@ def decode(logits: Tensor, boxes: Tensor, image_sizes: Tensor | None, spec: Deco
     Returns:
         The detections, or ``None`` where the plain form has to.
     """
-    if spec.activation != "sigmoid" or spec.selection != "flat" or spec.top_k > _INT32_MAX:
-        return None
     if logits.dtype == torch.float64 or boxes.dtype == torch.float64:
         return None
     if torch.is_grad_enabled() and (logits.requires_grad or boxes.requires_grad):
         return None
     if _writes_a_graph() or _is_transformed():
         return None
-    kind = _kind()(logits.device.type)
+    kind = _kind_of(logits.device)
     if kind == "native":
-        if not native.takes_scores(logits.dtype):
+        if not native.takes_spec(spec) or not native.takes_scores(logits.dtype):
             return None
         run = native.decode_as_operator if _is_observed(logits, boxes, image_sizes) else native.decode
         return run(logits, boxes, image_sizes, spec)
@@ -172,7 +185,8 @@ def decode(logits: Tensor, boxes: Tensor, image_sizes: Tensor | None, spec: Deco
         takes = numpy_decode.takes_spec(spec) and numpy_decode.takes_scores(logits.dtype)
         return numpy_decode.decode(logits, boxes, image_sizes, spec) if takes else None
     if kind == "triton":
-        by_triton = _triton("decode")
+        from detpost.kernels import triton_decode as by_triton
+
         takes = by_triton.supported(logits, boxes, image_sizes, spec)
         return by_triton.decode(logits, boxes, image_sizes, spec) if takes else None
     return None
@@ -182,5 +196,5 @@ def for_losses(values: Tensor) -> str:
     """Give the form of the losses and the distance transform for a tensor: ``native``, ``triton`` or ``aten``."""
     if values.dtype == torch.float64 or _writes_a_graph() or _is_transformed():
         return "aten"
-    kind: str = _kind()(values.device.type)
+    kind = _kind_of(values.device)
     return kind if kind in ("native", "triton") else "aten"

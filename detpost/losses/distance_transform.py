@@ -76,10 +76,23 @@ def squared_distance(inside: Tensor, spacing: tuple[float, ...]) -> tuple[Tensor
     Returns:
         (B, C, *spatial) float32, and the unit.
     """
+    kind = kernels.for_losses(inside)
+    if kind == "native":
+        unit = max(spacing)
+        return native.squared_distance(inside, [length / unit for length in spacing]), unit
+    if kind == "triton":
+        from detpost.kernels import triton_distance
+
+        if triton_distance.supported(inside):
+            found: tuple[Tensor, float] = triton_distance.squared_distance(inside, spacing)
+            return found
+    return squared_distance_plainly(inside, spacing)
+
+
+def squared_distance_plainly(inside: Tensor, spacing: tuple[float, ...]) -> tuple[Tensor, float]:
+    """Compute :func:`squared_distance` with PyTorch's own operators: what every kernel is held to."""
     unit = max(spacing)
     steps = [length / unit for length in spacing]
-    if kernels.for_losses(inside) == "native":
-        return native.squared_distance(inside, steps), unit
     sides = inside.shape[2:]
     squared = (_distance_along_last_axis(inside) * steps[-1]).square()
     for axis in range(len(sides) - 2, -1, -1):
@@ -98,11 +111,18 @@ def boundary_distance(field: Tensor, spacing: tuple[float, ...]) -> tuple[Tensor
     Returns:
         (B, C, *spatial) float32, and the unit, as :func:`squared_distance` has it.
     """
-    if kernels.for_losses(field) == "native":
+    kind = kernels.for_losses(field)
+    if kind == "native":
         unit = max(spacing)
         values = field if field.dtype == torch.float32 else (field > 0.5).to(torch.float32)
         return native.boundary_distance(values, [length / unit for length in spacing]), unit
     inside = field > 0.5
+    if kind == "triton":
+        from detpost.kernels import triton_distance
+
+        if triton_distance.supported(inside):
+            squared, unit = triton_distance.squared_boundary_distance(inside, spacing)
+            return torch.nan_to_num(squared, posinf=0.0), unit
     within, unit = squared_distance(inside, spacing)
     beyond, _ = squared_distance(~inside, spacing)
     # One of the two is 0 at each element, or infinite throughout when the mask is empty or full.

@@ -185,8 +185,12 @@ def _hausdorff_er(pred: Tensor, target: Tensor, alpha: float, k: int, reduction:
     weights = [float(i + 1) ** alpha for i in range(k)]
     keep_field = reduction == "none"
     classes = class_numbers(target, pred.shape[1])
-    if kernels.for_losses(values) == "native":
-        total: Tensor = _NativeErosion.apply(values, target.to(torch.int64), classes, weights, axes, keep_field)[0]
+    total: Tensor
+    kind = kernels.for_losses(values)
+    if kind == "triton" and _triton_takes(values, target):
+        total = _TritonErosion.apply(values, target, classes, weights, axes, keep_field)[0]
+    elif kind == "native":
+        total = _NativeErosion.apply(values, target.to(torch.int64), classes, weights, axes, keep_field)[0]
     else:
         # Exporters read plain operators and no autograd function; its forward is the same call.
         erode: Callable[..., Any] = _erode if exporting() else _Erosion.apply
@@ -194,6 +198,12 @@ def _hausdorff_er(pred: Tensor, target: Tensor, alpha: float, k: int, reduction:
     if keep_field:
         return total.transpose(0, 1).unsqueeze(2)
     return total.sum() if reduction == "sum" else total.sum() / values.numel()
+
+
+def _triton_takes(pred: Tensor, target: Tensor) -> bool:
+    from detpost.kernels import triton_erosion
+
+    return triton_erosion.supported(pred, target)
 
 
 def _erode(
@@ -328,10 +338,7 @@ class _NativeErosion(torch.autograd.Function):
             return None, None, None, None, None, None
         pred, target, classes, total, unit = ctx.saved_tensors
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            # A gradient of the gradient is wanted: the plain form has one.
-            again = _Erosion.apply(pred, target, classes, ctx.weights, ctx.axes, ctx.keep_field)[0]
-            (gradient,) = torch.autograd.grad(again, pred, grads[0], create_graph=True)
-            return gradient, None, None, None, None, None
+            return _second_gradient(ctx, pred, target, classes, grads[0]), None, None, None, None, None
         poison = (grads[0].sum() + total.sum()) * 0  # as in the plain form; the kernel's own gradients are finite
         if ctx.keep_field:
             stencil = _STENCIL_WEIGHT[ctx.axes]
@@ -339,6 +346,44 @@ class _NativeErosion(torch.autograd.Function):
             return found[2] + poison, None, None, None, None, None
         largest = torch.finfo(unit.dtype).max
         return (unit * (grads[0] + poison)).clamp(-largest, largest), None, None, None, None, None
+
+
+class _TritonErosion(torch.autograd.Function):
+    """:func:`_erode` in Triton, one launch per erosion each way."""
+
+    @staticmethod
+    def forward(
+        pred: Tensor, target: Tensor, classes: Tensor, weights: Sequence[float], axes: int, keep_field: bool
+    ) -> tuple[Tensor, ...]:
+        from detpost.kernels import triton_erosion
+
+        return triton_erosion.erode(pred, target, classes, weights, keep_field)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pred, target, classes, ctx.weights, ctx.axes, ctx.keep_field = inputs
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(pred, target, classes, *output[1:])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None, None, None, None]:
+        if grads[0] is None:
+            return None, None, None, None, None, None
+        pred, target, classes, dilations, limits = ctx.saved_tensors
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return _second_gradient(ctx, pred, target, classes, grads[0]), None, None, None, None, None
+        from detpost.kernels import triton_erosion
+
+        gradient = triton_erosion.erosion_gradient(grads[0], pred, target, classes, ctx.weights, dilations, limits)
+        return gradient, None, None, None, None, None
+
+
+def _second_gradient(ctx: Any, pred: Tensor, target: Tensor, classes: Tensor, grad: Tensor) -> Tensor:
+    """Give a gradient that has one itself, through the plain form."""
+    again = _Erosion.apply(pred, target, classes, ctx.weights, ctx.axes, ctx.keep_field)[0]
+    (gradient,) = torch.autograd.grad(again, pred, grad, create_graph=True)
+    return gradient
 
 
 def _erosion_gradient(grad: Tensor, weights: Sequence[float], saved: Sequence[Tensor], axes: int) -> Tensor:
