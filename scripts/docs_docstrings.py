@@ -41,6 +41,17 @@ def _resolve(item: griffe.Object, name: str) -> str:
     scope: griffe.Object | None = item
     while scope is not None:
         if name.split(".")[0] in scope.members:
-            return f"{scope.path}.{name}"
+            return _function_of(item, f"{scope.path}.{name}")
         scope = scope.parent
-    return name
+    return _function_of(item, name)
+
+
+def _function_of(item: griffe.Object, path: str) -> str:
+    """A function that has the name of its module, as ``detpost.export.attach``, where the path means the module."""
+    place, name = item.package, path.rpartition(".")[2]
+    for part in path.split(".")[1:]:
+        found = place.members.get(part)
+        if found is None or found.is_alias or not found.is_module:
+            return path
+        place = found
+    return f"{path}.{name}" if name in place.members else path

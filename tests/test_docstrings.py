@@ -365,7 +365,9 @@ def referenced() -> set[str]:
         text = path.read_text(encoding="utf-8")
         for name, options in re.findall(r"^::: (\S+)\n((?:    .*\n)*)", text, flags=re.MULTILINE):
             if name not in MODULES:
-                found.add(name)
+                place, _, last = name.rpartition(".")
+                # A function of its module's name goes by the package's: detpost.export.attach.
+                found.add(place if place.endswith(f".{last}") and place not in MODULES else name)
                 continue
             listed = re.search(r"members: \[(.*)\]", options)
             names = listed[1].split(", ") if listed else public_names(importlib.import_module(name))
