@@ -66,14 +66,15 @@ def run_benchmark(
         One row per task, size and contender; detpost's own has ratio 1.
     """
     say = progress or (lambda _: None)
-    seconds = 0.3 if quick else 0.8
+    seconds = 0.3 if quick else 0.6
     rows: list[Row] = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for task in tasks(device, quick, only):
             say(f"{task.name} {_times(task.size)}")
             timed = _race(task.name, task.size, task.contenders, seconds, device)
-            rows += [replace(row, peak_bytes=_peak(task, row.name, device)) for row in timed]
+            peaks = _peaks(task, device)
+            rows += [replace(row, peak_bytes=peaks.get(row.name)) for row in timed]
     return rows
 
 
@@ -106,39 +107,60 @@ def _wait(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def _peak(task: Task, name: str, device: str) -> int | None:
-    """Measure the memory of one run: on a GPU by PyTorch's count, on a CPU by what the process grows."""
+def _peaks(task: Task, device: str) -> dict[str, int]:
+    """Measure the memory of one run of each: on a GPU by PyTorch's count, on a CPU by what a process grows."""
     if not task.with_memory:
-        return None
+        return {}
     if device == "cuda":
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        task.contenders[name](0)
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
+        return {name: _peak_on_gpu(case) for name, case in task.contenders.items()}
     if not Path("/proc/self/clear_refs").exists():
-        return None
+        return {}
     # A process of its own: what an earlier run freed would hide what this one takes.
-    arguments = json.dumps([task.name, list(task.size), name])
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "detpost.bench", arguments],
+        [sys.executable, "-W", "ignore", "-m", "detpost.bench", json.dumps([task.name, task.size])],
         capture_output=True,
         text=True,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in (os.getcwd(), *sys.path) if path)},
     )
-    return int(done.stdout.split()[-1]) if done.returncode == 0 and done.stdout.strip() else None
+    found: dict[str, int] = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {}
+    return found
 
 
-def _peak_in_this_process(name: str, size: Size, contender: str) -> int:
-    """Run a small size first, so that code and tables are there, then measure the growth of the asked one."""
+def _peak_on_gpu(case: Case) -> int:
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    case(0)
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def _peaks_in_this_process(name: str, size: Size) -> dict[str, int]:
+    """Measure each contender in a child of its own, which begins with nothing but the inputs."""
+    torch.set_num_threads(1)  # threads do not survive a fork
     small = (1, 2, *(8 for _ in size[2:])) if len(size) > 3 else (1, 20, 10)
-    made = {task.size: task for task in _sized(name, (small, size))}
-    made[small].contenders[contender](0)
+    first, whole = _sized(name, (small, size))
+    peaks: dict[str, int] = {}
+    for contender in whole.contenders:
+        reading, writing = os.pipe()
+        child = os.fork()
+        if child == 0:
+            os.write(writing, str(_peak_of(first, whole, contender)).encode())
+            os._exit(0)
+        os.close(writing)
+        with os.fdopen(reading) as said:
+            peaks.update({contender: int(value)} if (value := said.read()) else {})
+        os.waitpid(child, 0)
+    return peaks
+
+
+def _peak_of(small: Task, whole: Task, contender: str) -> int:
+    """Run a small size first, so that code and tables are there, then measure the growth of the asked one."""
+    small.contenders[contender](0)
     if "compiled" in contender:
-        made[size].contenders[contender](0)  # compiling is not running
+        whole.contenders[contender](0)  # compiling is not running
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
     before = _status("VmRSS")
-    made[size].contenders[contender](0)
+    whole.contenders[contender](0)
     return _status("VmHWM") - before
 
 
@@ -214,5 +236,5 @@ def write_plot(rows: Sequence[Row], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    asked, shape, who = json.loads(sys.argv[1])
-    print(_peak_in_this_process(asked, tuple(shape), who))
+    asked, shape = json.loads(sys.argv[1])
+    print(json.dumps(_peaks_in_this_process(asked, tuple(shape))))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from detpost.bench import Row, _peak, _race, run_benchmark, write_json, write_plot
+from detpost.bench import Row, _peaks, _race, run_benchmark, write_json, write_plot
 from detpost.bench_cases import Task
 from detpost.kernels import native
 
@@ -51,7 +51,8 @@ def test_the_files_say_where_and_when(tmp_path):
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="no /proc")
 def test_peak_memory_is_that_of_one_run():
     task = Task("HausdorffERLoss forward + backward", (2, 2, 256, 256), {}, with_memory=True)
-    own, plain = (_peak(task, name, "cpu") for name in ("detpost", "detpost (aten)"))
+    peaks = _peaks(task, "cpu")
+    own, plain = peaks["detpost"], peaks["detpost (aten)"]
     field = 2 * 2 * 256 * 256 * 4
     assert plain > 10 * field  # every erosion is kept
     assert own < plain / 2 or native.missing() is not None

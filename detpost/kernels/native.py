@@ -130,7 +130,6 @@ def _function(name: str) -> Any:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-@functools.cache
 def takes_scores(dtype: torch.dtype) -> bool:
     """Whether :func:`select` and :func:`decode` take scores of this dtype."""
     return dtype in _DTYPES
@@ -174,7 +173,6 @@ def _threads() -> int:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-@functools.lru_cache(maxsize=256)
 def takes_spec(spec: DecodeSpec) -> bool:
     """Whether :func:`decode` knows this kind of decode: sigmoid scores, the best of all (query, class) pairs."""
     return spec.activation == "sigmoid" and spec.selection == "flat"
