@@ -355,7 +355,7 @@ DETPOST_EXPORT void detpost_share_threads(void* parallel_function) {
 }
 
 // Raised with every change of a signature below: native.py refuses another number.
-DETPOST_EXPORT int detpost_interface() { return 1; }
+DETPOST_EXPORT int detpost_interface() { return 2; }
 
 DETPOST_EXPORT int detpost_uses_avx2() { return use_v3() ? 1 : 0; }
 
@@ -365,15 +365,37 @@ DETPOST_EXPORT void detpost_select(const void* scores, int dtype, int64_t batch,
   start(DETPOST_BOTH(select_row), arguments, batch, batch * width < (1 << 16) ? 1 : threads);
 }
 
-DETPOST_EXPORT void detpost_decode(const void* logits, int dtype, int64_t batch, int64_t queries, int64_t classes,
-                                   int64_t kept, int64_t background, const float* boxes, const void* sizes,
-                                   int size_type, int box_format, int clip, int has_threshold, float threshold,
-                                   float* out_scores, int64_t* out_labels, float* out_boxes, int64_t* out_queries,
-                                   uint8_t* out_valid, int threads) {
-  const DecodeArguments arguments{logits,     dtype,      queries,       classes,    kept,      background,
-                                  boxes,      sizes,      size_type,     box_format, clip,      has_threshold,
-                                  threshold,  out_scores, out_labels,    out_boxes,  out_queries, out_valid};
-  start(DETPOST_BOTH(decode_image), arguments, batch, batch * queries * classes < (1 << 16) ? 1 : threads);
+// All its arguments in one record of 8-byte numbers, addresses among them: ctypes spends longer on twenty arguments than
+// the decode of an image does on selecting.
+struct DecodeCall {
+  int64_t logits, dtype, batch, queries, classes, kept, background, boxes, sizes, size_type, box_format, clip;
+  int64_t out_scores, out_labels, out_boxes, out_queries, out_valid, threads, has_threshold;
+  double threshold;
+};
+
+DETPOST_EXPORT void detpost_decode(const char* record) {
+  DecodeCall call;
+  std::memcpy(&call, record, sizeof call);
+  const DecodeArguments arguments{reinterpret_cast<const void*>(call.logits),
+                                  static_cast<int>(call.dtype),
+                                  call.queries,
+                                  call.classes,
+                                  call.kept,
+                                  call.background,
+                                  reinterpret_cast<const float*>(call.boxes),
+                                  reinterpret_cast<const void*>(call.sizes),
+                                  static_cast<int>(call.size_type),
+                                  static_cast<int>(call.box_format),
+                                  static_cast<int>(call.clip),
+                                  static_cast<int>(call.has_threshold),
+                                  static_cast<float>(call.threshold),
+                                  reinterpret_cast<float*>(call.out_scores),
+                                  reinterpret_cast<int64_t*>(call.out_labels),
+                                  reinterpret_cast<float*>(call.out_boxes),
+                                  reinterpret_cast<int64_t*>(call.out_queries),
+                                  reinterpret_cast<uint8_t*>(call.out_valid)};
+  const bool small = call.batch * call.queries * call.classes < (1 << 16);
+  start(DETPOST_BOTH(decode_image), arguments, call.batch, small ? 1 : static_cast<int>(call.threads));
 }
 
 DETPOST_EXPORT void detpost_erosion(const float* pred, const int64_t* target, int64_t batch, int64_t classes,

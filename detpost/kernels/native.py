@@ -10,8 +10,9 @@ import ctypes
 import functools
 import importlib.machinery
 import os
+import struct
 from collections.abc import Sequence
-from ctypes import c_double, c_float, c_int, c_int64, c_void_p
+from ctypes import c_char_p, c_double, c_float, c_int, c_int64, c_void_p
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ __all__ = [
     "weighted_error",
 ]
 
-_INTERFACE = 1
+_INTERFACE = 2
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _SIZE_TYPES = {torch.float32: 1, torch.int32: 2, torch.int64: 3}
 _BOX_FORMATS = {"cxcywh": 0, "xyxy": 1, "xywh": 2}
@@ -41,10 +42,7 @@ _MOST_WIDTH = 2**31 - 1
 
 _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "detpost_select": (c_void_p, c_int, c_int64, c_int64, c_int64, c_void_p, c_int),
-    "detpost_decode": (
-        *(c_void_p, c_int, c_int64, c_int64, c_int64, c_int64, c_int64, c_void_p, c_void_p),
-        *(c_int, c_int, c_int, c_int, c_float, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_int),
-    ),
+    "detpost_decode": (c_char_p,),
     "detpost_erosion": (
         *(c_void_p, c_void_p, c_int64, c_int64, c_int64, c_int64, c_int64, c_int, c_float),
         *(c_void_p, c_int, c_void_p, c_void_p, c_void_p, c_void_p, c_int),
@@ -118,6 +116,7 @@ def uses_avx2() -> bool:
     return not isinstance(library, str) and bool(library.detpost_uses_avx2())
 
 
+@functools.cache
 def _function(name: str) -> Any:
     library = _library()
     if isinstance(library, str):
@@ -216,7 +215,8 @@ def _decode(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     batch, queries, classes = logits.shape
     kept = min(top_k, queries * classes)
-    logits = logits if logits.is_contiguous() else logits.contiguous()
+    if not logits.is_contiguous():
+        logits = logits.contiguous()
     if boxes.dtype != torch.float32 or not boxes.is_contiguous():
         boxes = boxes.to(torch.float32).contiguous()
     size_type, sizes_at = 0, 0
@@ -226,20 +226,34 @@ def _decode(
         if not image_sizes.is_contiguous():
             image_sizes = image_sizes.contiguous()
         size_type, sizes_at = _SIZE_TYPES[image_sizes.dtype], image_sizes.data_ptr()
-    shape = (batch, kept)
-    scores = torch.empty(shape, dtype=torch.float32)
-    labels = torch.empty(shape, dtype=torch.int64)
-    corners = torch.empty((batch, kept, 4), dtype=torch.float32)
-    chosen = torch.empty(shape, dtype=torch.int64)
-    valid = torch.empty(shape, dtype=torch.bool)
+    like = torch.empty_like  # half the time of making the same from a shape
+    score_like, index_like, box_like, valid_like = _templates(batch, kept)
+    scores, labels, corners = like(score_like), like(index_like), like(box_like)
+    chosen, valid = like(index_like), like(valid_like)
     if batch and kept:
-        _function("detpost_decode")(
+        record = _DECODE_RECORD.pack(
             *(logits.data_ptr(), _DTYPES[logits.dtype], batch, queries, classes, kept, background),
-            *(boxes.data_ptr(), sizes_at, size_type, box_format, clip, threshold is not None, threshold or 0.0),
+            *(boxes.data_ptr(), sizes_at, size_type, box_format, clip),
             *(scores.data_ptr(), labels.data_ptr(), corners.data_ptr(), chosen.data_ptr(), valid.data_ptr()),
-            _threads(),
+            *(torch.get_num_threads(), threshold is not None, threshold or 0.0),
         )
+        _function("detpost_decode")(record)
     return scores, labels, corners, chosen, valid
+
+
+# Addresses and whole numbers in the order of DecodeCall, and the threshold.
+_DECODE_RECORD = struct.Struct("=19qd")
+
+
+@functools.lru_cache(maxsize=64)
+def _templates(batch: int, kept: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Tensors that the outputs are made like; never written or given out."""
+    return (
+        torch.empty((batch, kept), dtype=torch.float32),
+        torch.empty((batch, kept), dtype=torch.int64),
+        torch.empty((batch, kept, 4), dtype=torch.float32),
+        torch.empty((batch, kept), dtype=torch.bool),
+    )
 
 
 def _decode_fake(
