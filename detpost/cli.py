@@ -11,6 +11,7 @@ from typing import Annotated, Any, cast
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from detpost.spec import DecodeSpec, presets
@@ -231,7 +232,7 @@ def doctor() -> None:
 
     table = Table("part", "", "detail")
     for part in examine():
-        table.add_row(part.name, "[green]yes[/]" if part.present else "[yellow]no[/]", part.detail)
+        table.add_row(part.name, "[green]yes[/]" if part.present else "[yellow]no[/]", escape(part.detail))
     console.print(table)
 
 

@@ -95,9 +95,8 @@ def _kernels() -> list[Part]:
     from detpost.kernels import native
 
     reason = kernels.native_is_missing()
-    built = "AVX2" if native.uses_avx2() else "baseline instructions"
     parts = [
-        Part("C++ kernels", True, f"built, {built}")
+        Part("C++ kernels", True, f"built, {native.instructions()}")
         if reason is None
         else Part("C++ kernels", False, f"{reason}; NumPy decodes and PyTorch computes the losses meanwhile")
     ]

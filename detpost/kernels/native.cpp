@@ -1,10 +1,10 @@
 // What detpost computes on a CPU, in C++: exact selection, the decode, the erosion loss and the distance transform.
 //
 // A plain C interface, reached through ctypes (native.py): no Python or PyTorch headers, so one build serves every
-// version of both. The kernels are compiled twice on x86-64, for the baseline and for AVX2 with FMA, and the processor
-// that runs them decides; elsewhere once, for the architecture's baseline (NEON on arm64). To that end this file
-// includes itself. Inside the kernels no template of the standard library is used: its instantiations are shared between
-// the two, and the linker might keep the one that the processor cannot run.
+// version of both. The kernels are compiled three times on x86-64, for the baseline, for AVX2 with FMA and for AVX-512, and
+// the processor that runs them decides; elsewhere once, for the architecture's baseline (NEON on arm64). To that end this
+// file includes itself. Inside the kernels no template of the standard library is used: its instantiations are shared
+// between the three, and the linker might keep one that the processor cannot run.
 
 #ifndef DETPOST_KERNELS
 
@@ -262,6 +262,13 @@ struct LaneTable {
 };
 [[maybe_unused]] constexpr LaneTable kLaneTable;
 
+struct ScaleArguments {
+  const float* values;   // (fields, elements)
+  const float* factors;  // (fields)
+  int64_t elements, chunks;
+  float* out;
+};
+
 constexpr int64_t kRowsPerTask = 32;
 constexpr int64_t kTile = 16;  // neighbouring lines that are worked on together
 
@@ -306,36 +313,66 @@ namespace v3 {
 #else
 #pragma GCC pop_options
 #endif
-#undef DETPOST_FMA
 #undef DETPOST_REGISTER
+
+#define DETPOST_REGISTER 64
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl"))), \
+                             apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
+#endif
+namespace v4 {
+#include "native.cpp"
+}
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#undef DETPOST_REGISTER
+#undef DETPOST_FMA
 #endif
 
 namespace {
 
-bool use_v3() {
+// The widest instructions that this processor has and DETPOST_NATIVE allows: 0 baseline, 2 AVX2, 3 AVX-512.
+int find_level() {
 #if defined(DETPOST_HAS_V3)
-  static const bool found = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                            std::getenv("DETPOST_NATIVE_BASELINE") == nullptr;
-  return found;
+  const char* asked = std::getenv("DETPOST_NATIVE");
+  const int most = asked == nullptr ? 3 : std::strcmp(asked, "baseline") == 0 ? 0 : std::strcmp(asked, "avx2") == 0 ? 2 : 3;
+  if (most < 2 || !__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return 0;
+  const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                    __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  return most == 3 && wide ? 3 : 2;
 #else
-  return false;
+  return 0;
 #endif
 }
 
+int level() {
+  static const int found = find_level();
+  return found;
+}
+
 template <typename T>
-void start(void (*plain)(const void*, int64_t), void (*wide)(const void*, int64_t), const T& arguments, int64_t count,
-           int threads) {
-  parallel(Job{use_v3() ? wide : plain, &arguments, count}, threads);
+T* at_level(T* baseline, T* avx2, T* avx512) {
+  return level() == 3 ? avx512 : level() == 2 ? avx2 : baseline;
+}
+
+template <typename T>
+void start(void (*run)(const void*, int64_t), const T& arguments, int64_t count, int threads) {
+  parallel(Job{run, &arguments, count}, threads);
 }
 
 }  // namespace
 
 #if defined(DETPOST_HAS_V3)
-#define DETPOST_SECOND(name) v3::name
+#define DETPOST_BEST(name) at_level(baseline::name, v3::name, v4::name)
 #else
-#define DETPOST_SECOND(name) baseline::name
+#define DETPOST_BEST(name) baseline::name
 #endif
-#define DETPOST_BOTH(name) baseline::name, DETPOST_SECOND(name)
 
 #if defined(_WIN32)
 #define DETPOST_EXPORT extern "C" __declspec(dllexport)
@@ -343,9 +380,16 @@ void start(void (*plain)(const void*, int64_t), void (*wide)(const void*, int64_
 #define DETPOST_EXPORT extern "C" __attribute__((visibility("default")))
 #endif
 
+DETPOST_EXPORT void detpost_scale(const float* values, const float* factors, int64_t fields, int64_t elements,
+                                  float* out, int threads) {
+  const int64_t chunks = (elements + (1 << 14) - 1) >> 14;
+  const ScaleArguments arguments{values, factors, elements, chunks, out};
+  start(DETPOST_BEST(scale_chunk), arguments, fields * chunks, fields * elements < (1 << 15) ? 1 : threads);
+}
+
 // The least and the greatest of `count` numbers, at least one.
 DETPOST_EXPORT void detpost_range(const int64_t* values, int64_t count, int64_t* range) {
-  (use_v3() ? DETPOST_SECOND(find_range) : baseline::find_range)(values, count, range);
+  DETPOST_BEST(find_range)(values, count, range);
 }
 
 // Takes the address of GOMP_parallel in the OpenMP library that PyTorch runs on.
@@ -355,14 +399,14 @@ DETPOST_EXPORT void detpost_share_threads(void* parallel_function) {
 }
 
 // Raised with every change of a signature below: native.py refuses another number.
-DETPOST_EXPORT int detpost_interface() { return 2; }
+DETPOST_EXPORT int detpost_interface() { return 3; }
 
-DETPOST_EXPORT int detpost_uses_avx2() { return use_v3() ? 1 : 0; }
+DETPOST_EXPORT int detpost_level() { return level(); }
 
 DETPOST_EXPORT void detpost_select(const void* scores, int dtype, int64_t batch, int64_t width, int64_t kept,
                                    int64_t* indices, int threads) {
   const SelectArguments arguments{scores, dtype, width, kept, indices};
-  start(DETPOST_BOTH(select_row), arguments, batch, batch * width < (1 << 16) ? 1 : threads);
+  start(DETPOST_BEST(select_row), arguments, batch, batch * width < (1 << 16) ? 1 : threads);
 }
 
 // All its arguments in one record of 8-byte numbers, addresses among them: ctypes spends longer on twenty arguments than
@@ -395,7 +439,7 @@ DETPOST_EXPORT void detpost_decode(const char* record) {
                                   reinterpret_cast<int64_t*>(call.out_queries),
                                   reinterpret_cast<uint8_t*>(call.out_valid)};
   const bool small = call.batch * call.queries * call.classes < (1 << 16);
-  start(DETPOST_BOTH(decode_image), arguments, call.batch, small ? 1 : static_cast<int>(call.threads));
+  start(DETPOST_BEST(decode_image), arguments, call.batch, small ? 1 : static_cast<int>(call.threads));
 }
 
 DETPOST_EXPORT void detpost_erosion(const float* pred, const int64_t* target, int64_t batch, int64_t classes,
@@ -404,7 +448,7 @@ DETPOST_EXPORT void detpost_erosion(const float* pred, const int64_t* target, in
                                     const float* cotangent, float* gradient, int threads) {
   const ErosionArguments arguments{pred, target, classes, depth,  height, width,     axes,    stencil_weight,
                                    weights, steps, totals,  field, cotangent, gradient};
-  start(DETPOST_BOTH(erode_field), arguments, batch * classes, threads);
+  start(DETPOST_BEST(erode_field), arguments, batch * classes, threads);
 }
 
 DETPOST_EXPORT void detpost_distance(const void* values, int64_t fields, int64_t depth, int64_t height, int64_t width,
@@ -415,15 +459,15 @@ DETPOST_EXPORT void detpost_distance(const void* values, int64_t fields, int64_t
   const int64_t rows = fields * depth * height;
   if (rows * width < (1 << 14)) threads = 1;
   const RowsPerTask per_row{arguments, rows};
-  start(DETPOST_BOTH(distance_rows), per_row, (rows + kRowsPerTask - 1) / kRowsPerTask, threads);
+  start(DETPOST_BEST(distance_rows), per_row, (rows + kRowsPerTask - 1) / kRowsPerTask, threads);
   const LinesPerTask columns{out, height, width, step_height};
-  start(DETPOST_BOTH(distance_lines), columns, fields * depth * columns.tiles(), threads);
+  start(DETPOST_BEST(distance_lines), columns, fields * depth * columns.tiles(), threads);
   if (depth > 1) {
     const LinesPerTask slices{out, depth, height * width, step_depth};
-    start(DETPOST_BOTH(distance_lines), slices, fields * slices.tiles(), threads);
+    start(DETPOST_BEST(distance_lines), slices, fields * slices.tiles(), threads);
   }
   const RowsPerTask finish{arguments, rows};
-  if (both_sides) start(DETPOST_BOTH(distance_finish), finish, (rows + kRowsPerTask - 1) / kRowsPerTask, threads);
+  if (both_sides) start(DETPOST_BEST(distance_finish), finish, (rows + kRowsPerTask - 1) / kRowsPerTask, threads);
 }
 
 DETPOST_EXPORT void detpost_weighted_error(const float* values, const float* truth, const float* of_truth,
@@ -432,7 +476,7 @@ DETPOST_EXPORT void detpost_weighted_error(const float* values, const float* tru
                                            int threads) {
   const WeightedErrorArguments arguments{values,   truth,  of_truth, of_values, elements, chunks,
                                          exponent, factor, limit,    sigmoid,   sums};
-  start(DETPOST_BOTH(weighted_error), arguments, fields * chunks, fields * elements < (1 << 14) ? 1 : threads);
+  start(DETPOST_BEST(weighted_error), arguments, fields * chunks, fields * elements < (1 << 14) ? 1 : threads);
 }
 
 #else  // the kernels, once per instruction set
@@ -455,7 +499,9 @@ DETPOST_INLINE float greatest_lane(const Floats& values) {
 }
 
 DETPOST_INLINE bool any_lane(const Ints& mask) {
-#if DETPOST_FMA
+#if DETPOST_REGISTER == 64
+  return _mm512_movepi32_mask(reinterpret_cast<__m512i>(mask)) != 0;
+#elif DETPOST_REGISTER == 32
   return _mm256_movemask_ps(reinterpret_cast<__m256>(mask)) != 0;
 #endif
   int32_t found = 0;
@@ -1115,6 +1161,20 @@ DETPOST_INLINE float finite(float value) {
   constexpr float largest = std::numeric_limits<float>::max();
   if (value != value) return 0.0f;
   return value > largest ? largest : value < -largest ? -largest : value;
+}
+
+// Multiplies each field by its factor. What leaves float32 stays finite, but a NaN is seen.
+static void scale_chunk(const void* data, int64_t task) {
+  const ScaleArguments& of = *static_cast<const ScaleArguments*>(data);
+  constexpr float largest = std::numeric_limits<float>::max();
+  const int64_t field = task / of.chunks, chunk = task % of.chunks;
+  const float factor = of.factors[field];
+  const int64_t last = field * of.elements + (chunk + 1) * of.elements / of.chunks;
+  for (int64_t i = field * of.elements + chunk * of.elements / of.chunks; i < last; ++i) {
+    float value = of.values[i] * factor;
+    value = value > largest ? largest : value;
+    of.out[i] = value < -largest ? -largest : value;
+  }
 }
 
 static void fill_rows(const Grid& grid, float* to, const float* cotangent, float weight) {

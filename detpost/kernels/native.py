@@ -27,14 +27,15 @@ __all__ = [
     "decode",
     "erosion",
     "id_range",
+    "instructions",
     "missing",
+    "scaled",
     "select",
     "squared_distance",
-    "uses_avx2",
     "weighted_error",
 ]
 
-_INTERFACE = 2
+_INTERFACE = 3
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _SIZE_TYPES = {torch.float32: 1, torch.int32: 2, torch.int64: 3}
 _BOX_FORMATS = {"cxcywh": 0, "xyxy": 1, "xywh": 2}
@@ -48,6 +49,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
         *(c_void_p, c_int, c_void_p, c_void_p, c_void_p, c_void_p, c_int),
     ),
     "detpost_share_threads": (c_void_p,),
+    "detpost_scale": (c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_int),
     "detpost_range": (c_void_p, c_int64, c_void_p),
     "detpost_distance": (
         *(c_void_p, c_int64, c_int64, c_int64, c_int64, c_float, c_float, c_float, c_int, c_float, c_void_p, c_int),
@@ -110,10 +112,12 @@ def missing() -> str | None:
     return library if isinstance(library, str) else None
 
 
-def uses_avx2() -> bool:
-    """Whether the loaded library runs its AVX2 kernels on this processor."""
-    library = _library()
-    return not isinstance(library, str) and bool(library.detpost_uses_avx2())
+def instructions() -> str:
+    """Name the instructions that the loaded library uses on this processor.
+
+    ``DETPOST_NATIVE=baseline`` or ``avx2``, set before the first use, keeps it below what the processor has.
+    """
+    return {0: "baseline instructions", 2: "AVX2", 3: "AVX-512"}[int(_function("detpost_level")())]
 
 
 @functools.cache
@@ -361,6 +365,35 @@ def _erosion_fake(
     )
 
 
+def scaled(values: Tensor, factors: Tensor) -> Tensor:
+    """Multiply each field by a factor of its own; what leaves float32 becomes its greatest number, and NaN stays.
+
+    Args:
+        values: (B, C, *spatial), float32, on the CPU.
+        factors: (B, C, 1, ...), float32.
+
+    Returns:
+        (B, C, *spatial), float32.
+    """
+    found: Tensor = torch.ops.detpost.native_scaled(values, factors)
+    return found
+
+
+def _scaled(values: Tensor, factors: Tensor) -> Tensor:
+    values, factors = values.contiguous(), factors.to(torch.float32).contiguous()
+    out = torch.empty_like(values)
+    fields = factors.numel()
+    if values.numel():
+        _function("detpost_scale")(
+            *(values.data_ptr(), factors.data_ptr(), fields, values.numel() // fields, out.data_ptr(), _threads())
+        )
+    return out
+
+
+def _scaled_fake(values: Tensor, factors: Tensor) -> Tensor:
+    return torch.empty(values.shape, dtype=values.dtype, device=values.device)
+
+
 def id_range(ids: Tensor) -> tuple[int, int]:
     """Give the least and the greatest of int64 ids on the CPU, at least one."""
     ids = ids.contiguous()
@@ -488,6 +521,7 @@ for _schema, _kernel, _fake in (
         _erosion,
         _erosion_fake,
     ),
+    ("native_scaled(Tensor values, Tensor factors) -> Tensor", _scaled, _scaled_fake),
     ("native_distance(Tensor values, float[] steps, bool both_sides) -> Tensor", _distance, _distance_fake),
     (
         "native_weighted_error(Tensor values, Tensor truth, float[] steps, float unit, float alpha, float limit, "

@@ -353,7 +353,7 @@ class _NativeWeightedError(torch.autograd.Function):
             again = _weighted_error(values.sigmoid() if ctx.sigmoid else values, truth, ctx.spacing, ctx.alpha)
             (gradient,) = torch.autograd.grad(again, values, grads[0], create_graph=True)
             return gradient, None, None, None, None
-        return slopes * (grads[0] / math.prod(values.shape[2:])), None, None, None, None
+        return native.scaled(slopes, grads[0] / math.prod(values.shape[2:])), None, None, None, None
 
 
 def _boundary_distance(field: Tensor, spacing: tuple[float, ...], alpha: float) -> Tensor:

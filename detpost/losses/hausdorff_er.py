@@ -344,8 +344,7 @@ class _NativeErosion(torch.autograd.Function):
             stencil = _STENCIL_WEIGHT[ctx.axes]
             found = native.erosion(pred, target, classes, ctx.weights, stencil, ctx.axes, grads[0], False, True)
             return found[2] + poison, None, None, None, None, None
-        largest = torch.finfo(unit.dtype).max
-        return (unit * (grads[0] + poison)).clamp(-largest, largest), None, None, None, None, None
+        return native.scaled(unit, grads[0] + poison), None, None, None, None, None
 
 
 class _TritonErosion(torch.autograd.Function):

@@ -116,6 +116,7 @@ def test_operators_keep_their_contract_with_the_compiler(shape):
         (field, torch.ones_like(field), [1.0, 0.5], 2.0, 2.0, 1e6, True),
         test_utils=tuple(test),
     )
+    torch.library.opcheck(torch.ops.detpost.native_scaled, (field, torch.rand(2, 3, 1, 1)), test_utils=tuple(test))
     for keep, want in ((True, False), (False, True), (False, False)):
         arguments = (field, torch.randint(3, (2, 1, 6, 7)), torch.arange(3), [1.0, 4.0], 0.2, 2, None, keep, want)
         torch.library.opcheck(torch.ops.detpost.native_erosion, arguments, test_utils=tuple(test))
@@ -285,7 +286,7 @@ assert os.waitpid(child, 0)[1] == 0
     assert done.returncode == 0, done.stderr[-300:]
 
 
-def test_the_baseline_instructions_give_the_same_answers():
+def test_every_level_of_instructions_gives_the_same_answers():
     code = """
 import torch
 from detpost import DecodeSpec, DetectionPostProcessor
@@ -301,12 +302,13 @@ for _, given in raw_cases(60, 50):
 torch.manual_seed(0)
 digest.update(distance_transform_edt(torch.rand(2, 1, 90, 70) < 0.9).numpy().tobytes())
 value = hausdorff_er_loss(torch.rand(2, 2, 30, 30), torch.randint(2, (2, 1, 30, 30)))
-print(native.uses_avx2(), digest.hexdigest(), f"{float(value):.5g}")
+print(native.instructions().replace(" ", "_"), digest.hexdigest(), f"{float(value):.5g}")
 """
-    wide, plain = run(code), run(code, DETPOST_NATIVE_BASELINE="1")
-    assert plain.returncode == 0, plain.stderr[-300:]
-    assert plain.stdout.split()[0] == "False"
-    assert wide.stdout.split()[1:] == plain.stdout.split()[1:]
+    found = [run(code, DETPOST_NATIVE=asked) for asked in ("baseline", "avx2", "")]
+    assert not [done.stderr[-300:] for done in found if done.returncode]
+    said = [done.stdout.split() for done in found]
+    assert said[0][0] == "baseline_instructions"
+    assert said[0][1:] == said[1][1:] == said[2][1:]
 
 
 def test_the_choice_is_said_and_wrong_ones_are_refused(forced, monkeypatch):
