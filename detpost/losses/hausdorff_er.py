@@ -190,7 +190,9 @@ def _hausdorff_er(pred: Tensor, target: Tensor, alpha: float, k: int, reduction:
     if kind == "triton" and _triton_takes(values, target):
         total = _TritonErosion.apply(values, target, classes, weights, axes, keep_field)[0]
     elif kind == "native":
-        total = _NativeErosion.apply(values, target.to(torch.int64), classes, weights, axes, keep_field)[0]
+        wants_gradient = torch.is_grad_enabled() and values.requires_grad
+        arguments = (values, target.to(torch.int64), classes, weights, axes, keep_field, wants_gradient)
+        total = _NativeErosion.apply(*arguments)[0]
     else:
         # Exporters read plain operators and no autograd function; its forward is the same call.
         erode: Callable[..., Any] = _erode if exporting() else _Erosion.apply
@@ -316,35 +318,41 @@ class _NativeErosion(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        pred: Tensor, target: Tensor, classes: Tensor, weights: Sequence[float], axes: int, keep_field: bool
+        pred: Tensor,
+        target: Tensor,
+        classes: Tensor,
+        weights: Sequence[float],
+        axes: int,
+        keep_field: bool,
+        wants_gradient: bool,
     ) -> tuple[Tensor, ...]:
         stencil = _STENCIL_WEIGHT[axes]
         sums, field, unit = native.erosion(
-            pred, target, classes, weights, stencil, axes, None, keep_field, not keep_field
+            pred, target, classes, weights, stencil, axes, None, keep_field, wants_gradient and not keep_field
         )
         return field if keep_field else sums.reshape(*sums.shape, *[1] * axes), unit
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        pred, target, classes, ctx.weights, ctx.axes, ctx.keep_field = inputs
+        pred, target, classes, ctx.weights, ctx.axes, ctx.keep_field, _ = inputs
         total, unit = output
         ctx.mark_non_differentiable(unit)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(pred, target, classes, total, unit)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         if grads[0] is None:
-            return None, None, None, None, None, None
+            return None, None, None, None, None, None, None
         pred, target, classes, total, unit = ctx.saved_tensors
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return _second_gradient(ctx, pred, target, classes, grads[0]), None, None, None, None, None
+            return _second_gradient(ctx, pred, target, classes, grads[0]), None, None, None, None, None, None
         poison = (grads[0].sum() + total.sum()) * 0  # as in the plain form; the kernel's own gradients are finite
         if ctx.keep_field:
             stencil = _STENCIL_WEIGHT[ctx.axes]
             found = native.erosion(pred, target, classes, ctx.weights, stencil, ctx.axes, grads[0], False, True)
-            return found[2] + poison, None, None, None, None, None
-        return native.scaled(unit, grads[0] + poison), None, None, None, None, None
+            return found[2] + poison, None, None, None, None, None, None
+        return native.scaled(unit, grads[0] + poison), None, None, None, None, None, None
 
 
 class _TritonErosion(torch.autograd.Function):
