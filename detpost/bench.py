@@ -23,7 +23,7 @@ from detpost.bench_cases import ROTATED, Case, Size, Task, is_installed, tasks
 
 __all__ = ["Row", "run_benchmark", "write_json", "write_plot"]
 
-_TURN_S = 0.02
+_TURN_S = 0.1
 _PEERS = ("torch", "numpy", "triton", "kornia", "transformers", "rfdetr", "monai", "scipy")
 
 

@@ -987,7 +987,19 @@ DETPOST_INLINE void stretch_lanes(Floats& values, const Limits& limits) {
   Floats lower;
   fill(lower, limits.lower);
   values = (values > lower ? values : lower) - lower;
-  if (limits.extent != 0.0f) values = values / limits.extent;
+  if (limits.extent == 0.0f) return;
+#if DETPOST_FMA
+  if (limits.extent > 1e-30f) {
+    // A division's own result at a quarter of its time: the product with the inverse, mended by what it leaves over, which
+    // a fused multiply-add gives exactly (Markstein 1990).
+    const float inverse = 1.0f / limits.extent;
+    const Floats product = values * inverse;
+    const Floats rest = values - product * limits.extent;
+    values = product + rest * inverse;
+    return;
+  }
+#endif
+  values = values / limits.extent;
 }
 
 DETPOST_INLINE double sum_lanes(const Floats& values) {
@@ -1280,7 +1292,7 @@ static void erode_field(const void* data, int64_t index) {
       }
     }
   }
-  scratch.trim(size_t(1) << 24);
+  scratch.trim(size_t(1) << 26);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
