@@ -1008,11 +1008,29 @@ DETPOST_INLINE double sum_lanes(const Floats& values) {
   return sum;
 }
 
-// Writes the stretched plane, adds it to `field` (rows without a border) weighted, and gives its sum.
-static double stretch_plane(const Grid& grid, int64_t plane, const float* dilation, const Limits& limits, float* bound,
-                            float* field, float weight) {
-  const Rows rows = rows_of_plane(grid, plane);
+// A sum over rows: in lanes, which go into a double every so often, since adding them up takes longer than a short row.
+struct RowSum {
+  Floats lanes = {};
   double total = 0;
+  int rows = 0;
+};
+
+DETPOST_INLINE double flush(RowSum& sum) {
+  sum.total += sum_lanes(sum.lanes);
+  fill(sum.lanes, 0.0f);
+  sum.rows = 0;
+  return sum.total;
+}
+
+DETPOST_INLINE void add_row(RowSum& sum, const Floats& row) {
+  sum.lanes += row;
+  if (++sum.rows == 32) flush(sum);
+}
+
+// Writes the stretched plane, adds it to `field` (rows without a border) weighted, and to the sum.
+static void stretch_plane(const Grid& grid, int64_t plane, const float* dilation, const Limits& limits, float* bound,
+                          float* field, float weight, RowSum& total) {
+  const Rows rows = rows_of_plane(grid, plane);
   for (int64_t y = rows.first; y < rows.last; ++y) {
     const float* from = dilation + grid.row(rows.z, y);
     float* to = bound + grid.row(rows.z, y);
@@ -1025,13 +1043,12 @@ static double stretch_plane(const Grid& grid, int64_t plane, const float* dilati
       store(to + x, values);
       sum += values;
     }
-    total += sum_lanes(sum);
+    add_row(total, sum);
     if (field) {
       float* out = field + (rows.z * grid.height + y) * grid.width;
       for (int64_t x = 0; x < grid.width; ++x) out[x] += weight * to[x];
     }
   }
-  return total;
 }
 
 constexpr float kLargestDifference = 1e12f;
@@ -1071,7 +1088,7 @@ DETPOST_INLINE void height_lanes(Floats& values, const Limits& limits) {
 
 // The sums that the gradients of a stretch's limits are made of.
 struct StretchSums {
-  double gradient = 0, product = 0, maxima = 0, minima = 0;
+  RowSum gradient, product, maxima, minima;
 };
 
 // Adds a row of them: the gradient that comes back to the stretched row, and the row before the stretch.
@@ -1096,10 +1113,10 @@ DETPOST_INLINE void add_row(const Grid& grid, const float* gradient, const float
     maxima += at_maximum;
     minima += at_minimum;
   }
-  total.gradient += sum_lanes(onto_sum);
-  total.product += sum_lanes(product);
-  total.maxima += sum_lanes(maxima);
-  total.minima += sum_lanes(minima);
+  add_row(total.gradient, onto_sum);
+  add_row(total.product, product);
+  add_row(total.maxima, maxima);
+  add_row(total.minima, minima);
 }
 
 // How the gradient goes back through a stretch; elements that share an extreme share its gradient equally.
@@ -1107,13 +1124,14 @@ struct StretchShares {
   float scale, per_maximum, per_minimum;
 };
 
-DETPOST_INLINE StretchShares shares_of(const StretchSums& sums, const Limits& limits) {
+DETPOST_INLINE StretchShares shares_of(StretchSums& sums, const Limits& limits) {
   if (limits.extent == 0.0f) return {1.0f, 0.0f, 0.0f};  // the limits of a flat field are constants
   const double scale = 1.0 / limits.extent;
-  const double onto_range = -sums.product * scale * scale;
-  const double onto_minimum = -sums.gradient * scale - onto_range;
-  return {static_cast<float>(scale), static_cast<float>(onto_range / (sums.maxima < 1 ? 1 : sums.maxima)),
-          static_cast<float>(onto_minimum / (sums.minima < 1 ? 1 : sums.minima))};
+  const double onto_range = -flush(sums.product) * scale * scale;
+  const double onto_minimum = -flush(sums.gradient) * scale - onto_range;
+  const double maxima = flush(sums.maxima), minima = flush(sums.minima);
+  return {static_cast<float>(scale), static_cast<float>(onto_range / (maxima < 1 ? 1 : maxima)),
+          static_cast<float>(onto_minimum / (minima < 1 ? 1 : minima))};
 }
 
 // In place: from the gradient of the stretched plane to that of the plane before.
@@ -1238,14 +1256,14 @@ static void erode_field(const void* data, int64_t index) {
     extremes = no_extremes();
     const double weight = of.weights[step];
     const bool is_last = step + 1 == of.steps;
-    double sum = 0;
+    RowSum sum;
     for (int64_t plane = 0; plane <= planes; ++plane) {
       if (plane < planes) {
-        sum += stretch_plane(grid, plane, dilation, limits[step], bound, field, static_cast<float>(weight));
+        stretch_plane(grid, plane, dilation, limits[step], bound, field, static_cast<float>(weight), sum);
       }
       if (plane > 0 && !is_last) dilate_plane(grid, plane - 1, bound, next, of.stencil_weight, extremes);
     }
-    total += weight * sum;
+    total += weight * flush(sum);
   }
   if (of.totals) of.totals[index] = total;
 
