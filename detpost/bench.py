@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from detpost.bench_cases import ROTATED, Case, Size, Task, is_installed, tasks
+from detpost.bench_cases import ROTATED, Case, Size, Task, is_installed, task_of, tasks
 
 __all__ = ["Row", "run_benchmark", "write_json", "write_plot"]
 
@@ -147,7 +147,7 @@ def _peaks_in_this_process(name: str, size: Size) -> dict[str, int]:
     """Measure each contender in a child of its own, which begins with nothing but the inputs."""
     torch.set_num_threads(1)  # threads do not survive a fork
     small = (1, 2, *(8 for _ in size[2:])) if len(size) > 3 else (1, 20, 10)
-    first, whole = _sized(name, (small, size))
+    first, whole = task_of(name, small), task_of(name, size)
     peaks: dict[str, int] = {}
     for contender in whole.contenders:
         reading, writing = os.pipe()
@@ -171,18 +171,6 @@ def _peak_of(small: Task, whole: Task, contender: str) -> int:
     before = _status("VmRSS")
     whole.contenders[contender](0)
     return _status("VmHWM") - before
-
-
-def _sized(name: str, sizes: Sequence[Size]) -> list[Task]:
-    from detpost import bench_cases
-
-    makers = {
-        "HausdorffERLoss forward + backward": bench_cases._erosions,
-        "HausdorffDTLoss forward + backward": bench_cases._distances,
-        "decode in place, out of place, compiled": bench_cases._decode_trade_off,
-        "erosion loss in place, out of place, compiled": bench_cases._erosion_trade_off,
-    }
-    return [Task(name, size, makers[name](size, "cpu")) for size in sizes]
 
 
 def _status(name: str) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["ROTATED", "Case", "Size", "Task", "is_installed", "tasks"]
+__all__ = ["ROTATED", "Case", "Size", "Task", "is_installed", "task_of", "tasks"]
 
 Size = tuple[int, ...]
 Case = Callable[[int], Any]
@@ -66,25 +66,58 @@ def tasks(device: str = "cpu", quick: bool = False, only: str | None = None) -> 
 
     Yields:
         The tasks.
+
+    Raises:
+        ValueError: no task has the name.
     """
-    gpu = device == "cuda"
-    for name, sizes, make, with_memory in (
-        ("decode", GPU_DECODE_SIZES if gpu else DECODE_SIZES, _decoders, False),
-        ("HausdorffERLoss forward + backward", EROSION_SIZES, _erosions, True),
-        ("HausdorffDTLoss forward + backward", GPU_DISTANCE_SIZES if gpu else DISTANCE_SIZES, _distances, True),
-        ("distance_transform_edt", TRANSFORM_SIZES, _transforms, False),
-        ("decode in place, out of place, compiled", ((8, 300, 80),), _decode_trade_off, True),
-        ("erosion loss in place, out of place, compiled", ((4, 3, 128, 128),), _erosion_trade_off, True),
-        ("decode over Q x C", tuple((1, 300, classes) for classes in CLASS_SWEEP), _decoders, False),
-        ("HausdorffDTLoss over the image side", tuple((1, 2, side, side) for side in SIDE_SWEEP), _distances, False),
-    ):
-        if only not in (None, name) or (quick and "over" in name) or (quick and "compiled" in name):
+    names = [kind.name for kind in _kinds(device)]
+    if only not in (None, *names):
+        raise ValueError(f"no task {only!r}: take one of {', '.join(names)}")
+    for kind in _kinds(device):
+        if only not in (None, kind.name) or (quick and kind.is_slow):
             continue
-        for size in sizes[:2] if quick and name == "decode" else sizes[:1] if quick else sizes:
-            contenders = make(size, device)
-            if "over" in name:  # its growth is known, and long to wait for
-                contenders.pop("detpost (aten)")
-            yield Task(name, size, contenders, with_memory and not quick)
+        for size in kind.sizes[: kind.quick_sizes] if quick else kind.sizes:
+            yield Task(kind.name, size, kind.make(size, device), kind.with_memory and not quick)
+
+
+def task_of(name: str, size: Size) -> Task:
+    """Make the task of a name at any size, on the CPU."""
+    kind = next(kind for kind in _kinds("cpu") if kind.name == name)
+    return Task(name, size, kind.make(size, "cpu"), kind.with_memory)
+
+
+@dataclass(frozen=True)
+class _Kind:
+    name: str
+    sizes: tuple[Size, ...]
+    make: Callable[[Size, str], dict[str, Case]]
+    with_memory: bool = False
+    quick_sizes: int = 1
+    is_slow: bool = False
+
+
+def _kinds(device: str) -> tuple[_Kind, ...]:
+    gpu = device == "cuda"
+    classes = tuple((1, 300, count) for count in CLASS_SWEEP)
+    sides = tuple((1, 2, side, side) for side in SIDE_SWEEP)
+    distance_sizes = GPU_DISTANCE_SIZES if gpu else DISTANCE_SIZES
+    return (
+        _Kind("decode", GPU_DECODE_SIZES if gpu else DECODE_SIZES, _decoders, quick_sizes=2),
+        _Kind("HausdorffERLoss forward + backward", EROSION_SIZES, _erosions, with_memory=True),
+        _Kind("HausdorffDTLoss forward + backward", distance_sizes, _distances, with_memory=True),
+        _Kind("distance_transform_edt", TRANSFORM_SIZES, _transforms),
+        _Kind("decode in place, out of place, compiled", ((8, 300, 80),), _decode_trade_off, True, is_slow=True),
+        _Kind(
+            "erosion loss in place, out of place, compiled", ((4, 3, 128, 128),), _erosion_trade_off, True, is_slow=True
+        ),
+        _Kind("decode over Q x C", classes, _without_aten(_decoders), is_slow=True),
+        _Kind("HausdorffDTLoss over the image side", sides, _without_aten(_distances), is_slow=True),
+    )
+
+
+def _without_aten(make: Callable[[Size, str], dict[str, Case]]) -> Callable[[Size, str], dict[str, Case]]:
+    """Leave the plain form out of a sweep: how it grows is known, and long to wait for."""
+    return lambda size, device: {name: case for name, case in make(size, device).items() if name != "detpost (aten)"}
 
 
 def is_installed(*names: str) -> bool:

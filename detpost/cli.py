@@ -105,12 +105,13 @@ def bench(
     quick: Annotated[bool, typer.Option(help="Small sizes and few runs.")] = False,
     out: Annotated[Path, typer.Option(help="Folder for bench.json and bench.png.")] = Path("bench_out"),
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    only: Annotated[str | None, typer.Option(help="The name of one task, as the table gives it.")] = None,
 ) -> None:
     """Time detpost side by side with every installed peer."""
     from detpost.bench import run_benchmark, write_json, write_plot
 
     with steps() as say:
-        rows = run_benchmark(quick, say, device)
+        rows = run_benchmark(quick, say, device, only)
     table = Table("task", "size", "contender", "median us", "times detpost", "peak MB")
     for row in rows:
         size = "x".join(map(str, row.size))

@@ -19,6 +19,12 @@ def test_a_race_gives_medians_and_ratios_to_detpost():
     assert rows["detpost"].microseconds > 4900
 
 
+def test_one_task_alone_and_none_of_a_wrong_name():
+    assert {row.task for row in run_benchmark(quick=True, only="distance_transform_edt")} == {"distance_transform_edt"}
+    with pytest.raises(ValueError, match="no task 'decoding': take one of decode, Hausdorff"):
+        run_benchmark(only="decoding")
+
+
 def test_inputs_take_turns():
     seen = []
     _race("task", (1,), {"detpost": seen.append}, seconds=0.01)
