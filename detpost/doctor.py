@@ -94,7 +94,7 @@ def _kernels() -> list[Part]:
     from detpost import kernels
     from detpost.kernels import native
 
-    reason = kernels.native_is_missing()
+    reason = native.missing()
     parts = [
         Part("C++ kernels", True, f"built, {native.instructions()}")
         if reason is None

@@ -27,15 +27,10 @@ from detpost.detections import Detections
 from detpost.kernels import native, numpy_decode
 from detpost.spec import DecodeSpec
 
-__all__ = ["KERNELS", "decode", "for_losses", "is_exporting", "kind_for", "native_is_missing", "select"]
+__all__ = ["KERNELS", "decode", "for_losses", "is_exporting", "kind_for", "select"]
 
 KERNELS = ("native", "numpy", "triton", "aten")
 _VARIABLE = "DETPOST_KERNEL"
-
-
-def native_is_missing() -> str | None:
-    """Say why the C++ kernels cannot be used; ``None`` where they can."""
-    return native.missing()
 
 
 def kind_for(device: str) -> str:
@@ -58,14 +53,14 @@ def kind_for(device: str) -> str:
 def _kind_for(forced: str, device: str) -> str:
     if forced and forced not in KERNELS:
         raise ValueError(f"{_VARIABLE} must be one of {', '.join(KERNELS)}; got {forced!r}")
-    if forced == "native" and (reason := native_is_missing()) is not None:
+    if forced == "native" and (reason := native.missing()) is not None:
         raise RuntimeError(f"{_VARIABLE}=native, but detpost's C++ kernels are {reason}")
     if forced == "triton" and importlib.util.find_spec("triton") is None:
         raise RuntimeError(f"{_VARIABLE}=triton, but Triton is not installed: pip install triton")
     if device == "cpu":
         if forced == "triton":
             return "triton" if os.environ.get("TRITON_INTERPRET") == "1" else "aten"
-        return forced or ("native" if native_is_missing() is None else "numpy")
+        return forced or ("native" if native.missing() is None else "numpy")
     if device == "cuda" and forced == "":
         return "triton" if importlib.util.find_spec("triton") is not None and _triton_agrees(device) else "aten"
     return "triton" if device == "cuda" and forced == "triton" else "aten"
