@@ -8,15 +8,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from detpost.detections import Detections
 
-__all__ = ["Match", "match_detections"]
+__all__ = ["Match", "match_detections", "pair_up"]
 
 LEAST_IOU = 0.99
 MOST_SCORE_DIFFERENCE = 1e-3
+
+_STRIP = 256  # rows of the comparison of all with all that are held at once
 
 
 @dataclass(frozen=True)
@@ -61,8 +64,6 @@ def match_detections(first: Detections, second: Detections, threshold: float) ->
 
 
 def _match_image(first: dict[str, Tensor], second: dict[str, Tensor], threshold: float) -> Match:
-    from torchvision.ops import box_iou
-
     a, b = (
         {
             name: values[side["scores"] > threshold - MOST_SCORE_DIFFERENCE].double().cpu()
@@ -70,24 +71,38 @@ def _match_image(first: dict[str, Tensor], second: dict[str, Tensor], threshold:
         }
         for side in (first, second)
     )
-    overlap = _overlap_with_points(a["boxes"], b["boxes"], box_iou(a["boxes"], b["boxes"]))
-    fits = (
-        (a["labels"][:, None] == b["labels"])
-        & ((a["scores"][:, None] - b["scores"]).abs() <= MOST_SCORE_DIFFERENCE)
-        & (overlap >= LEAST_IOU)
-    )
-    pairs = _pair(fits)
-    counted_a, counted_b = a["scores"] > threshold, b["scores"] > threshold
-    with_partner = sum(int(counted_a[i]) + int(counted_b[j]) for i, j in pairs)
+    fits = _fits(a, b)
+    counted = [[i for i, score in enumerate(side["scores"].tolist()) if score > threshold] for side in (a, b)]
+    # Each side's counted detections are paired for themselves, so that one below the threshold never takes another's
+    # partner. A single pairing that serves the detections of both exists then (Mendelsohn and Dulmage 1958).
+    rows_served = pair_up(fits[counted[0]])
+    columns_served = pair_up(fits[:, counted[1]].T)
+    pairs = {(counted[0][row], column) for row, column in rows_served.items()}
+    pairs |= {(row, counted[1][column]) for column, row in columns_served.items()}
     rows, columns = (torch.tensor([pair[side] for pair in pairs], dtype=torch.int64) for side in (0, 1))
     box_gap = (a["boxes"][rows] - b["boxes"][columns]).abs()
     score_gap = (a["scores"][rows] - b["scores"][columns]).abs()
     return Match(
-        first=int(counted_a.sum()),
-        second=int(counted_b.sum()),
-        matched=with_partner,
+        first=len(counted[0]),
+        second=len(counted[1]),
+        matched=len(rows_served) + len(columns_served),
         box_difference=float(box_gap.max()) if pairs else 0.0,
         score_difference=float(score_gap.max()) if pairs else 0.0,
+    )
+
+
+def _fits(first: dict[str, Tensor], second: dict[str, Tensor]) -> Tensor:
+    """Tell which of N detections may be partner of which of M: (N, M) bool, made in strips that bound the memory."""
+    from torchvision.ops import box_iou
+
+    strips = zip(*(torch.split(first[name], _STRIP) for name in ("scores", "labels", "boxes")), strict=True)
+    return torch.cat(
+        [
+            (labels[:, None] == second["labels"])
+            & ((scores[:, None] - second["scores"]).abs() <= MOST_SCORE_DIFFERENCE)
+            & (_overlap_with_points(boxes, second["boxes"], box_iou(boxes, second["boxes"])) >= LEAST_IOU)
+            for scores, labels, boxes in strips
+        ]
     )
 
 
@@ -97,20 +112,51 @@ def _overlap_with_points(first: Tensor, second: Tensor, overlap: Tensor) -> Tens
     return torch.where(same, 1.0, overlap.nan_to_num(0.0))
 
 
-def _pair(fits: Tensor) -> list[tuple[int, int]]:
-    """Pair rows with columns one to one, as many as can be, by augmenting paths."""
-    partner: dict[int, int] = {}
+def pair_up(fits: Tensor) -> dict[int, int]:
+    """Pair rows with columns one to one, as many as can be, by augmenting paths.
 
-    def place(row: int, seen: set[int]) -> bool:
-        for column in fits[row].nonzero().flatten().tolist():
-            if column in seen:
-                continue
-            seen.add(column)
-            if column not in partner or place(partner[column], seen):
-                partner.update({column: row})
-                return True
-        return False
+    Args:
+        fits: (N, M), bool, which row may have which column.
 
-    for row in range(len(fits)):
-        place(row, set())
-    return [(row, column) for column, row in partner.items()]
+    Returns:
+        The column of each row that has one. A row's columns are one Python integer, a bit each, so that a step along
+        a path takes a few hundred machine words; every sweep sees each column once.
+    """
+    packed = np.packbits(fits.numpy(), axis=1, bitorder="little")
+    allowed = [int.from_bytes(row.tobytes(), "little") for row in packed]
+    row_of: dict[int, int] = {}
+    free = (1 << fits.shape[1]) - 1
+    waiting = list(range(len(allowed)))
+    while True:
+        unseen, left = (1 << fits.shape[1]) - 1, []
+        for row in waiting:
+            path, unseen = _augmenting_path(allowed, row_of, free, unseen, row)
+            row_of |= {column: row for row, column in path}
+            free &= ~(1 << path[-1][1]) if path else -1
+            left += [] if path else [row]
+        if len(left) == len(waiting):
+            return {row: column for column, row in row_of.items()}
+        waiting = left
+
+
+def _augmenting_path(
+    allowed: list[int], row_of: dict[int, int], free: int, unseen: int, start: int
+) -> tuple[list[tuple[int, int]], int]:
+    """Find a path from a row without a column to a free column, as the pairs to make, and what is unseen after it."""
+    path: list[tuple[int, int]] = []
+    row = start
+    while True:
+        open_ = allowed[row] & unseen
+        open_ = open_ & free or open_
+        if not open_:  # a dead end: back to the row before
+            if not path:
+                return [], unseen
+            row = path.pop()[0]
+            continue
+        lowest = open_ & -open_
+        column = lowest.bit_length() - 1
+        unseen ^= lowest
+        path.append((row, column))
+        if lowest & free:
+            return path, unseen
+        row = row_of[column]
