@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 
 install: $(STAMP)
 
-$(STAMP): pyproject.toml constraints.txt detpost/kernels/native.cpp
+$(STAMP): pyproject.toml constraints.txt detpost/kernels/cpu/native.cpp
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[all,dev]'
@@ -32,7 +32,7 @@ docs: $(STAMP)
 
 # As a module, so that the baselines of tests/reference can be imported from here.
 bench: $(STAMP)
-	$(BIN)/python -m detpost bench
+	$(BIN)/python -m benchmarks
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo_out bench_out site

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from detpost import nms as nms
     from detpost import purity as purity
     from detpost.detections import Detections as Detections
-    from detpost.pipeline import Detector as Detector
+    from detpost.detector import Detector as Detector
     from detpost.postprocess import DetectionPostProcessor as DetectionPostProcessor
     from detpost.selection import select_top_k as select_top_k
     from detpost.spec import DecodeSpec as DecodeSpec

@@ -1,5 +1,5 @@
 """``python -m detpost`` is the ``detpost`` command."""
 
-from detpost.cli import main
+from detpost.command.cli import main
 
 main()

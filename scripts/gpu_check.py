@@ -55,7 +55,7 @@ def run_part(arguments: list[str], seconds: float) -> tuple[int | None, str]:
 
 def run_tests(device: str, quick: bool) -> dict[str, object]:
     """Run the tests that carry the marker ``gpu``; without a GPU, those of the native kernels."""
-    where = ["-m", "gpu", "tests"] if device == "cuda" else ["tests/kernels/test_native.py", "-k", "decode"]
+    where = ["-m", "gpu", "tests"] if device == "cuda" else ["tests/kernels/cpu/test_native.py", "-k", "decode"]
     arguments = ["-m", "pytest", "-q", "-rfE", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
     status, said = run_part([*arguments, *where], BUDGET_S["tests"] / (2 if quick else 1))
     counts = {name: int(n) for n, name in re.findall(r"(\d+) (passed|failed|skipped|error|errors|deselected)", said)}
@@ -80,7 +80,7 @@ def run_matrix(device: str, quick: bool) -> dict[str, object]:
 def run_bench(device: str, quick: bool) -> dict[str, object]:
     """Time detpost beside the installed peers."""
     with tempfile.TemporaryDirectory() as folder:
-        arguments = ["-m", "detpost", "bench", "--device", device, "--out", folder, *(["--quick"] if quick else [])]
+        arguments = ["-m", "benchmarks", "--device", device, "--out", folder, *(["--quick"] if quick else [])]
         _, said = run_part(arguments, BUDGET_S["bench"])
         table = Path(folder) / "bench.json"
         found = json.loads(table.read_text()) if table.exists() else {"error": said[-1500:]}

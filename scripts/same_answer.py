@@ -22,7 +22,7 @@ from detpost import DetectionPostProcessor, Detections
 from detpost.export import CudaGraph, compile, open_openvino, open_package, package, to_onnx, to_openvino
 from detpost.export.decode_graph import RuntimeTies
 from detpost.export.runtime import onnx_session
-from detpost.export.verify import raw_cases
+from detpost.verify.compare import raw_cases
 
 Run = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Detections]
 

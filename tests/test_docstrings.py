@@ -27,10 +27,10 @@ DOCS = ROOT / "docs"
 # Every module whose names a user may call.
 MODULES = [
     "detpost", "detpost.boxes", "detpost.spec", "detpost.selection", "detpost.postprocess", "detpost.detections",
-    "detpost.pipeline", "detpost.losses", "detpost.metrics", "detpost.export", "detpost.purity", "detpost.heads",
+    "detpost.detector", "detpost.losses", "detpost.metrics", "detpost.export", "detpost.purity", "detpost.heads",
     "detpost.nms", "detpost.integrations.transformers", "detpost.integrations.kornia", "detpost.integrations.rtdetr",
-    "detpost.integrations.rfdetr", "detpost.integrations.ultralytics", "detpost.detect", "detpost.evaluate",
-    "detpost.images", "detpost.drawing", "detpost.zoo",
+    "detpost.integrations.rfdetr", "detpost.integrations.ultralytics", "detpost.runs.detect", "detpost.runs.evaluate",
+    "detpost.images", "detpost.runs.drawing", "detpost.zoo",
 ]  # fmt: skip
 
 # The names of the contract, each of which shows how it is used.
@@ -393,7 +393,7 @@ def test_the_reference_has_every_public_name_and_no_other():
 
 
 def test_the_page_on_the_command_has_every_command():
-    from detpost.cli import app
+    from detpost.command.cli import app
 
     text = (DOCS / "reference" / "command.md").read_text(encoding="utf-8")
     commands = {command.name or command.callback.__name__ for command in app.registered_commands}

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from detpost import select_top_k
-from detpost.kernels import native, numpy_decode
+from detpost.kernels.cpu import native, numpy_decode
 from detpost.selection import best_class, select_packed, select_portable, select_stable_sort
 from tests.mixin import DTYPES, AsModule, one_line
 

@@ -163,7 +163,7 @@ def masks_per_image(
         >>> [masks.shape for masks in masks_per_image(found, torch.randn(1, 2, 3, 3), sizes)]
         [torch.Size([1, 1, 4, 6])]
     """
-    from detpost.kernels.mask_upsampling import upsample_and_compare
+    from detpost.kernels.cpu.mask_upsampling import upsample_and_compare
 
     check(detections, mask_logits, "mask_logits", {4: "(B, Q, h, w)"})
     _check_area(mask_logits)

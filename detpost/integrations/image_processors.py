@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from detpost.integrations._edges import in_query_order, size_rows
+from detpost.integrations.conventions import in_query_order, size_rows
 from detpost.postprocess import DetectionPostProcessor
 from detpost.spec import DecodeSpec
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from detpost.detections import Detections
-from detpost.integrations._edges import in_query_order
+from detpost.integrations.conventions import in_query_order
 from detpost.postprocess import DetectionPostProcessor, raw_outputs
 from detpost.spec import DecodeSpec
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from detpost import boxes as box_ops
 from detpost.detections import Detections
-from detpost.integrations._edges import size_rows
+from detpost.integrations.conventions import size_rows
 from detpost.selection import best_class, select_top_k
 
 __all__ = ["decode", "patched", "postprocess", "postprocess_selected"]

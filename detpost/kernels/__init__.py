@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from detpost.detections import Detections
-from detpost.kernels import native, numpy_decode
+from detpost.kernels.cpu import native, numpy_decode
 from detpost.spec import DecodeSpec
 
 __all__ = ["KERNELS", "decode", "for_losses", "is_exporting", "kind_for", "select"]
@@ -70,7 +70,7 @@ def _kind_for(forced: str, device: str) -> str:
 def _triton_agrees(device: str) -> bool:
     from torch.utils._python_dispatch import _disable_current_modes
 
-    from detpost.kernels import triton_check
+    from detpost.kernels.triton import trial as triton_check
 
     with _disable_current_modes():  # real tensors, whatever the caller traces
         reason = triton_check.disagreement(device)
@@ -146,7 +146,7 @@ def select(scores: Tensor, k: int) -> Tensor | None:
     if kind == "numpy" and not _is_observed(scores):
         return numpy_decode.select(scores, k) if numpy_decode.takes_scores(scores.dtype) else None
     if kind == "triton":
-        from detpost.kernels import triton_select as by_triton
+        from detpost.kernels.triton import select as by_triton
 
         return by_triton.select(scores, k) if by_triton.supported(scores, k) else None
     return None
@@ -180,7 +180,7 @@ def decode(logits: Tensor, boxes: Tensor, image_sizes: Tensor | None, spec: Deco
         takes = numpy_decode.takes_spec(spec) and numpy_decode.takes_scores(logits.dtype)
         return numpy_decode.decode(logits, boxes, image_sizes, spec) if takes else None
     if kind == "triton":
-        from detpost.kernels import triton_decode as by_triton
+        from detpost.kernels.triton import decode as by_triton
 
         takes = by_triton.supported(logits, boxes, image_sizes, spec)
         return by_triton.decode(logits, boxes, image_sizes, spec) if takes else None

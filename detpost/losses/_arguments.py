@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from detpost import kernels
-from detpost.kernels import native
+from detpost.kernels.cpu import native
 
 REDUCTIONS = ("mean", "sum", "none")
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from detpost import kernels
-from detpost.kernels import native
+from detpost.kernels.cpu import native
 from detpost.losses._arguments import exporting, spacing_per_axis
 
 # Elements that one step of the minimum works on when a CPU runs it eagerly: they and their sums stay in its cache.
@@ -81,7 +81,7 @@ def squared_distance(inside: Tensor, spacing: tuple[float, ...]) -> tuple[Tensor
         unit = max(spacing)
         return native.squared_distance(inside, [length / unit for length in spacing]), unit
     if kind == "triton":
-        from detpost.kernels import triton_distance
+        from detpost.kernels.triton import distance as triton_distance
 
         if triton_distance.supported(inside):
             found: tuple[Tensor, float] = triton_distance.squared_distance(inside, spacing)
@@ -118,7 +118,7 @@ def boundary_distance(field: Tensor, spacing: tuple[float, ...]) -> tuple[Tensor
         return native.boundary_distance(values, [length / unit for length in spacing]), unit
     inside = field > 0.5
     if kind == "triton":
-        from detpost.kernels import triton_distance
+        from detpost.kernels.triton import distance as triton_distance
 
         if triton_distance.supported(inside):
             squared, unit = triton_distance.squared_boundary_distance(inside, spacing)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from detpost import kernels
-from detpost.kernels import native
+from detpost.kernels.cpu import native
 from detpost.losses._arguments import check_floating, check_reduction, class_numbers, spacing_per_axis
 from detpost.losses.distance_transform import boundary_distance
 

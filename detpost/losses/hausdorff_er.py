@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detpost import kernels
-from detpost.kernels import native
+from detpost.kernels.cpu import native
 from detpost.losses._arguments import check_floating, check_reduction, class_numbers, exporting
 
 # 1/5 and 1/7 rounded to float32, in every dtype: kornia builds its stencil in float32 and widens it, and float64 values
@@ -203,7 +203,7 @@ def _hausdorff_er(pred: Tensor, target: Tensor, alpha: float, k: int, reduction:
 
 
 def _triton_takes(pred: Tensor, target: Tensor) -> bool:
-    from detpost.kernels import triton_erosion
+    from detpost.kernels.triton import erosion as triton_erosion
 
     return triton_erosion.supported(pred, target)
 
@@ -362,7 +362,7 @@ class _TritonErosion(torch.autograd.Function):
     def forward(
         pred: Tensor, target: Tensor, classes: Tensor, weights: Sequence[float], axes: int, keep_field: bool
     ) -> tuple[Tensor, ...]:
-        from detpost.kernels import triton_erosion
+        from detpost.kernels.triton import erosion as triton_erosion
 
         return triton_erosion.erode(pred, target, classes, weights, keep_field)
 
@@ -380,7 +380,7 @@ class _TritonErosion(torch.autograd.Function):
         pred, target, classes, dilations, limits = ctx.saved_tensors
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return _second_gradient(ctx, pred, target, classes, grads[0]), None, None, None, None, None
-        from detpost.kernels import triton_erosion
+        from detpost.kernels.triton import erosion as triton_erosion
 
         gradient = triton_erosion.erosion_gradient(grads[0], pred, target, classes, ctx.weights, dilations, limits)
         return gradient, None, None, None, None, None

@@ -12,8 +12,9 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from detpost import DecodeSpec, DetectionPostProcessor
-from detpost.export import attach, verify
-from detpost.export.verify import raw_cases
+from detpost.export import attach
+from detpost.verify import verify
+from detpost.verify.compare import raw_cases
 
 Q, C, SIDE = 20, 7, 8
 

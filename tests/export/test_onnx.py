@@ -11,11 +11,11 @@ from torch import nn
 
 from detpost import DecodeSpec, DetectionPostProcessor
 from detpost.export import open_openvino, to_onnx, to_openvino
-from detpost.export.matching import match_detections
 from detpost.export.runtime import onnx_session
-from detpost.export.verify import raw_cases
 from detpost.images import Preprocessing
 from detpost.postprocess import Detections, DetectorModule, raw_outputs
+from detpost.verify.compare import raw_cases
+from detpost.verify.matching import match_detections
 from tests.detectors import FAMILIES, SIDE, detector
 
 NAMES = ["scores", "labels", "boxes", "queries", "valid"]

@@ -1,0 +1,1 @@
+"""The `detpost` command: what a person types."""

@@ -1,0 +1,1 @@
+"""C++ and NumPy forms, on the CPU."""

@@ -1,0 +1,1 @@
+"""Triton forms, on CUDA, and the trial that they pass before they are used."""

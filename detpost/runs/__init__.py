@@ -1,0 +1,1 @@
+"""What works through many images: folders, journals, results, evaluation."""

@@ -1,0 +1,279 @@
+"""The proof that two artifacts give the same answer.
+
+Post-processors are compared on raw outputs, generated ones that provoke every disagreement known and given ones, and
+must choose identical labels and queries. Whole detectors are compared on images by matching, because rounding
+differences between runtimes can permute a detector's own raw rows; where an export keeps its raw outputs, its decode of
+them must also be eager's to the bit.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from detpost.detections import Detections
+from detpost.postprocess import DetectionPostProcessor
+from detpost.verify.matching import match_detections
+
+__all__ = ["Check", "VerifyReport", "raw_cases", "verify"]
+
+SCORE_TOLERANCE = 1e-5
+BOX_TOLERANCE = 1e-5  # of the larger image side
+
+
+@dataclass(frozen=True)
+class Check:
+    """One comparison.
+
+    Args:
+        name: what was compared on which input.
+        ok: whether it holds.
+        compared: number of slots, or of detections in images.
+        different: how many of them differ in label, query or validity, or have no partner.
+        score_difference: greatest, over those that agree.
+        box_difference: greatest, in pixels, over those that agree.
+        detail: what a reader should know, empty where nothing.
+    """
+
+    name: str
+    ok: bool
+    compared: int
+    different: int
+    score_difference: float
+    box_difference: float
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What :func:`verify` found.
+
+    Args:
+        artifact: what was verified.
+        reference: what it was verified against.
+        kind: ``"post-processor"`` or ``"detector"``.
+        checks: every comparison made.
+
+    Example:
+        >>> post = DetectionPostProcessor.from_preset("rtdetr", top_k=10)
+        >>> report = verify(post, post, num_queries=20, num_classes=5)
+        >>> report.ok, report.kind, sum(check.different for check in report.checks)
+        (True, 'post-processor', 0)
+    """
+
+    artifact: str
+    reference: str
+    kind: str
+    checks: tuple[Check, ...] = field(default=())
+
+    @property
+    def ok(self) -> bool:
+        """Whether there was something to compare and all of it agrees."""
+        return bool(self.checks) and all(check.ok for check in self.checks)
+
+    def to_json(self) -> str:
+        """Give the report as JSON.
+
+        Returns:
+            A JSON object with the fields above and ``ok``.
+        """
+        return json.dumps({**asdict(self), "ok": self.ok}, indent=1)
+
+    def __str__(self) -> str:
+        head = ("check", "", "compared", "different", "score diff", "box diff")
+        rows = [
+            (
+                check.name,
+                "ok" if check.ok else "DIFFERS",
+                str(check.compared),
+                str(check.different),
+                f"{check.score_difference:.2g}",
+                f"{check.box_difference:.2g} px",
+            )
+            for check in self.checks
+        ]
+        widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in (head, *rows)
+        ]
+        details = [f"{check.name}: {check.detail}" for check in self.checks if check.detail]
+        verdict = "the same answer" if self.ok else "NOT the same answer"
+        return "\n".join(
+            (f"{self.artifact} against {self.reference} ({self.kind})", *lines, *details, f"verdict: {verdict}")
+        )
+
+
+def verify(
+    artifact: Any,
+    reference: Any,
+    *,
+    images: Sequence[Any] | None = None,
+    raw: Sequence[tuple[Tensor, Tensor, Tensor]] | None = None,
+    num_queries: int | None = None,
+    num_classes: int | None = None,
+    threshold: float = 0.3,
+    progress: Callable[[str], None] | None = None,
+) -> VerifyReport:
+    """Compare an artifact with a reference.
+
+    Args:
+        artifact: an ``.onnx``, ``.pt2`` or ``.xml`` file of detpost's, a :class:`DetectionPostProcessor`, or a detector
+            that :meth:`detpost.Detector.load` takes.
+        reference: likewise; both must be post-processors or both detectors. A preset's name stands for its
+            post-processor.
+        images: for detectors, images to compare on beside the generated ones, as ``Detector.predict`` takes them.
+        raw: for post-processors, raw outputs to compare on beside the generated ones: logits (B, Q, C), boxes
+            (B, Q, 4), image sizes (B, 2).
+        num_queries: Q, where neither side fixes it.
+        num_classes: C, where neither side fixes it.
+        threshold: for detectors, detections above it must have a partner.
+        progress: called with one line before each step.
+
+    Returns:
+        The report; ``report.ok`` is the answer, ``str(report)`` a table.
+
+    Raises:
+        OSError: a file that is missing.
+        ValueError: a post-processor against a detector, or a file that detpost did not write.
+
+    Example:
+        >>> post = DetectionPostProcessor.from_preset("rtdetr", top_k=10)
+        >>> verify(post, "rtdetr", num_queries=20, num_classes=5).ok  # the preset keeps 300
+        False
+    """
+    from detpost.verify.artifact import open_artifact
+
+    say = progress or (lambda _: None)
+    say("opening both")
+    one, other = open_artifact(artifact), open_artifact(reference)
+    if one.kind != other.kind:
+        raise ValueError(f"cannot compare a {one.kind} ({one.name}) with a {other.kind} ({other.name})")
+    if one.kind == "post-processor":
+        shape = one.shape or other.shape or ((num_queries or 300), (num_classes or 80))
+        if other.shape and one.shape and one.shape != other.shape:
+            raise ValueError(f"{one.name} takes (Q, C) = {one.shape} and {other.name} {other.shape}")
+        checks = tuple(_check_raw(one, other, shape, raw or (), say))
+    else:
+        checks = tuple(_check_images(one, other, images or (), threshold, say))
+    return VerifyReport(one.name, other.name, one.kind, checks)
+
+
+def _check_raw(
+    one: Any,
+    other: Any,
+    shape: tuple[int, int],
+    given: Sequence[tuple[Tensor, Tensor, Tensor]],
+    say: Callable[[str], None],
+) -> Iterator[Check]:
+    batches = {side.batch for side in (one, other) if side.batch is not None}
+    cases = [*raw_cases(*shape), *((f"given {i}", case) for i, case in enumerate(given))]
+    for name, case in cases:
+        say(f"comparing on {name}")
+        for part in _in_batches(case, min(batches, default=0)):
+            yield _compare_slots(name, one.decode(*part), other.decode(*part), part[2])
+
+
+def _in_batches(case: tuple[Tensor, Tensor, Tensor], size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Cut a case to a fixed batch size; the last part is filled up with its last image."""
+    if not size:
+        yield case
+        return
+    for start in range(0, len(case[0]), size):
+        rows = torch.arange(start, start + size).clamp(max=len(case[0]) - 1)
+        yield case[0][rows], case[1][rows], case[2][rows]
+
+
+def _compare_slots(name: str, one: Detections, other: Detections, image_sizes: Tensor) -> Check:
+    """Demand the same label, query and validity in every slot, and scores and boxes within tolerance."""
+    if one.scores.shape != other.scores.shape:
+        detail = f"{tuple(one.scores.shape)} slots against {tuple(other.scores.shape)}"
+        return Check(name, False, max(one.scores.numel(), other.scores.numel()), 0, 0.0, 0.0, detail)
+    # A file without the output `queries` reads -2 throughout; its boxes tell one query from another.
+    known = (one.queries != -2) & (other.queries != -2)
+    differs = (one.labels != other.labels) | (one.valid != other.valid) | (known & (one.queries != other.queries))
+    agree = ~differs
+    scores = torch.where(agree, (one.scores.double() - other.scores.double()).abs(), 0.0)
+    boxes = torch.where(agree[..., None], (one.boxes.double() - other.boxes.double()).abs(), 0.0)
+    boxes = torch.where(one.boxes == other.boxes, 0.0, boxes)  # inf - inf
+    side = image_sizes.amax(dim=1).to(torch.float64)[:, None, None]
+    count = int(differs.sum())
+    score_gap, box_gap = (float(gap.max()) if gap.numel() else 0.0 for gap in (scores, boxes))
+    within = score_gap <= SCORE_TOLERANCE and bool((boxes <= BOX_TOLERANCE * side).all())
+    return Check(name, count == 0 and within, one.scores.numel(), count, score_gap, box_gap)
+
+
+def _check_images(
+    one: Any, other: Any, given: Sequence[Any], threshold: float, say: Callable[[str], None]
+) -> Iterator[Check]:
+    from detpost.images import read_image
+    from detpost.zoo import sample_images
+
+    named: list[tuple[str, Any]] = [(path.name, path) for path in sample_images()]
+    named += [(str(getattr(image, "name", f"given {i}")), image) for i, image in enumerate(given)]
+    named += [
+        (f"noise {i}", torch.rand(3, 96 + 40 * i, 128, generator=torch.Generator().manual_seed(i))) for i in range(2)
+    ]
+    for name, source in named:
+        say(f"comparing on {name}")
+        image = read_image(source)
+        found, expected = one.detect([image]), other.detect([image])
+        match = match_detections(found.detections, expected.detections, threshold)[0]
+        total = match.first + match.second
+        yield Check(name, match.ok, total, total - match.matched, match.score_difference, match.box_difference)
+        for side in (found, expected):
+            if side.raw is not None:
+                logits, boxes, sizes, spec = side.raw
+                again = DetectionPostProcessor(spec)(logits, boxes, sizes)
+                yield _compare_slots(f"{name}: decode of its own raw outputs", side.detections, again, sizes)
+
+
+def raw_cases(num_queries: int, num_classes: int) -> Iterator[tuple[str, tuple[Tensor, Tensor, Tensor]]]:
+    """Generate raw outputs that provoke every disagreement known: ties, infinities, NaN, mixed image sizes.
+
+    Args:
+        num_queries: Q.
+        num_classes: C.
+
+    Yields:
+        A name, and logits (B, Q, C), boxes (B, Q, 4), image sizes (B, 2), with B from 1 to 8. The same each time.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def random(batch: int) -> Tensor:
+        return torch.randn(batch, num_queries, num_classes, generator=generator) * 2 - 2
+
+    few = random(4)
+    mixed = torch.randint(0, 7, (3, num_queries, num_classes), generator=generator)
+    values = torch.tensor([0.0, -0.0, 1.0, torch.inf, -torch.inf, torch.finfo().min, torch.finfo().max])
+    a_third = torch.rand(3, num_queries, num_classes, generator=generator) < 1 / 3
+    mostly_nan = torch.rand(2, num_queries, num_classes, generator=generator) < 0.999
+    one_hot = torch.zeros(2, num_queries, num_classes)
+    one_hot = torch.where(torch.arange(num_queries * num_classes).view(num_queries, num_classes) == 5, 4.0, one_hot)
+    cases = {
+        "random": random(1),
+        "random, batch 8": random(8),
+        "two levels": (few > -2).to(torch.float32),
+        "quarter steps": (few * 4).round() / 4,
+        "saturated": few * 1000,
+        "half precision": few.half().float(),
+        "constant": torch.full((2, num_queries, num_classes), -1.5),
+        "one-hot": one_hot,
+        "infinities and both zeros": values[mixed],
+        "all -inf": torch.full((1, num_queries, num_classes), -torch.inf),
+        "a third NaN": torch.where(a_third, torch.nan, (random(3) * 4).round() / 4),
+        "nearly all NaN": torch.where(mostly_nan, torch.nan, random(2)),
+        "all NaN": torch.full((1, num_queries, num_classes), torch.nan),
+        "NaN before -inf": torch.cat(
+            (torch.full((1, 1, num_classes), torch.nan), torch.full((1, num_queries - 1, num_classes), -torch.inf)), 1
+        ),
+    }
+    sizes = torch.tensor([[480, 640], [640, 480], [1, 1], [1080, 1920], [37, 53], [2000, 11], [333, 333], [720, 1280]])
+    for name, logits in cases.items():
+        boxes = torch.rand(len(logits), num_queries, 4, generator=generator)
+        yield name, (logits, boxes, sizes[: len(logits)])

@@ -1,0 +1,99 @@
+"""The command as a user types it."""
+
+import json
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from detpost.command.cli import app, main
+from detpost.command.doctor import examine
+from detpost.zoo import sample_images
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def test_the_demo_detects_draws_exports_and_agrees(tmp_path):
+    result = invoke("demo", "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    rows = json.loads((tmp_path / "detections.json").read_text())
+    assert {row["file_name"] for row in rows} == {path.name for path in sample_images()}
+    assert all(len(row["bbox"]) == 4 and row["bbox"][2] > 0 and 0.5 < row["score"] <= 1 for row in rows)
+    for path in sample_images():
+        drawn, plain = Image.open(tmp_path / path.name), Image.open(path)
+        assert drawn.width % plain.width == 0
+        assert drawn.tobytes() != plain.resize(drawn.size, Image.Resampling.NEAREST).tobytes()
+    assert (tmp_path / "tiny.onnx").is_file()
+    assert "identical" in result.output
+    assert "DIFFERENT" not in result.output
+
+
+def test_the_demo_takes_the_callers_images(tmp_path):
+    result = invoke("demo", "--out", tmp_path, sample_images()[0])
+    assert result.exit_code == 0, result.output
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".onnx", ".png"]
+
+
+def test_the_demo_fails_when_the_graph_disagrees(tmp_path, monkeypatch):
+    import detpost.command.demo as demo
+
+    real = demo._compare
+    monkeypatch.setattr(demo, "_compare", lambda *arguments: (real(*arguments)[0], [False]))
+    result = invoke("demo", "--out", tmp_path, sample_images()[0])
+    assert result.exit_code == 1
+    assert "DIFFERENT" in result.output
+
+
+def test_export_and_verify_agree_and_a_wrong_reference_does_not(tmp_path):
+    post = tmp_path / "post.onnx"
+    exported = invoke(
+        "export", "post", "-o", post, "--num-queries", 20, "--num-classes", 30, "--top-k", 50, "--queries"
+    )
+    assert exported.exit_code == 0, exported.output
+    assert invoke("verify", post, "deformable_detr").exit_code == 1  # its top_k is another
+    same = invoke("verify", post, post, "--json", tmp_path / "report.json")
+    assert same.exit_code == 0, same.output
+    assert json.loads((tmp_path / "report.json").read_text())["ok"] is True
+
+
+def test_an_export_that_leaves_ties_to_the_runtime_is_caught(tmp_path):
+    for ties in ("exact", "runtime"):
+        out = tmp_path / f"{ties}.onnx"
+        invoke("export", "post", "-o", out, "--num-queries", 300, "--num-classes", 8, "--ties", ties)
+    assert invoke("verify", tmp_path / "exact.onnx", "rtdetr").exit_code == 0
+    assert invoke("verify", tmp_path / "runtime.onnx", "rtdetr").exit_code == 1
+
+
+def test_doctor_says_what_is_there_and_how_to_get_the_rest(monkeypatch):
+    result = invoke("doctor")
+    assert result.exit_code == 0
+    for name in ("torch", "CUDA", "onnxruntime", "transformers"):
+        assert name in result.output
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    missing = next(part for part in examine() if part.name == "openvino")
+    assert not missing.present
+    assert "pip install 'detpost[openvino]'" in missing.detail
+
+
+@pytest.mark.parametrize(
+    ("arguments", "pattern"),
+    [
+        (["attach", "missing.onnx", "-o", "out.onnx"], "no file missing.onnx"),
+        (["export", "post", "-o", "x.onnx", "--preset", "nothing"], "unknown preset 'nothing'"),
+        (["export", "tiny", "-o", "x.onnx", "--size", "big"], "--size must be HEIGHTxWIDTH"),
+        (["verify", "missing.onnx", "rtdetr"], "no file missing.onnx"),
+        (["demo", "missing.png"], "missing.png"),
+    ],
+)
+def test_a_users_error_is_one_line_and_status_2(arguments, pattern, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["detpost", *arguments])
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert left.value.code == 2
+    captured = capsys.readouterr()
+    assert pattern in captured.err
+    assert len(captured.err.strip().splitlines()) == 1
+    assert not list(tmp_path.glob("*.onnx"))

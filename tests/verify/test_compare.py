@@ -1,0 +1,116 @@
+"""The proof must fail where it should."""
+
+import json
+
+import pytest
+import torch
+
+from detpost import DecodeSpec, DetectionPostProcessor
+from detpost.export import package, to_onnx, to_openvino
+from detpost.export.decode_graph import RuntimeTies
+from detpost.verify import verify
+from detpost.verify.compare import raw_cases
+
+
+class Wrong(DetectionPostProcessor):
+    """A post-processor with one planted fault."""
+
+    def __init__(self, fault):
+        super().__init__(DecodeSpec())
+        self.fault = fault
+
+    def forward(self, logits, boxes, image_sizes=None):
+        found = super().forward(logits, boxes, image_sizes)
+        return {
+            "labels": lambda: found._replace(labels=torch.where(found.labels == 3, 4, found.labels)),
+            "scores": lambda: found._replace(scores=found.scores + 1e-4),
+            "boxes": lambda: found._replace(boxes=found.boxes[..., [1, 0, 3, 2]]),
+            "valid": lambda: found._replace(valid=found.valid & (found.scores > 0.9)),
+            "queries": lambda: found._replace(queries=found.queries + 1),
+            "shape": lambda: type(found)(*(part[:, :-1] for part in found)),
+        }[self.fault]()
+
+
+@pytest.mark.parametrize("fault", ["labels", "scores", "boxes", "valid", "queries", "shape"])
+def test_every_planted_fault_is_found(fault):
+    report = verify(Wrong(fault), "rtdetr", num_queries=30, num_classes=20)
+    assert not report.ok
+    assert "NOT the same answer" in str(report)
+
+
+def test_a_runtimes_ties_are_found_and_the_exact_ones_pass():
+    assert not verify(RuntimeTies(DecodeSpec()), "rtdetr", num_queries=300, num_classes=20).ok
+    assert verify(DetectionPostProcessor(DecodeSpec()), "rtdetr", num_queries=30, num_classes=20).ok
+
+
+def test_given_raw_outputs_are_compared_too():
+    spec = DecodeSpec()
+    raw = (torch.randn(2, 30, 20), torch.rand(2, 30, 4), torch.tensor([[10, 20], [30, 40]]))
+    report = verify(DetectionPostProcessor(spec), "rtdetr", raw=[raw], num_queries=30, num_classes=20)
+    assert report.checks[-1].name == "given 0"
+    assert report.checks[-1].compared == 2 * 300
+
+
+def test_a_fixed_batch_is_fed_in_parts(tmp_path):
+    post = DetectionPostProcessor(DecodeSpec())
+    to_onnx(post, tmp_path / "one.onnx", num_queries=30, num_classes=20, dynamic_batch=False)
+    report = verify(tmp_path / "one.onnx", "rtdetr")
+    assert report.ok, str(report)
+    assert all(check.compared == 300 for check in report.checks)
+
+
+def test_the_report_as_json_says_the_same():
+    report = verify(Wrong("labels"), "rtdetr", num_queries=30, num_classes=20)
+    said = json.loads(report.to_json())
+    assert said["ok"] is report.ok is False
+    assert len(said["checks"]) == len(report.checks) == len(list(raw_cases(30, 20)))
+
+
+def test_generated_cases_hold_what_they_promise():
+    cases = dict(raw_cases(40, 30))
+    batches = {len(logits) for logits, _, _ in cases.values()}
+    assert {1, 8} <= batches
+    assert cases["all NaN"][0].isnan().all()
+    assert cases["infinities and both zeros"][0].isinf().any()
+    assert cases["quarter steps"][0].unique().numel() < 100
+    assert any(len(sizes.unique(dim=0)) > 1 for _, _, sizes in cases.values())
+    again = dict(raw_cases(40, 30))
+    assert all(torch.equal(cases[name][1], again[name][1]) for name in cases)
+
+
+def test_detectors_are_compared_by_matching_and_their_decode_to_the_bit(tmp_path):
+    to_onnx("tiny", tmp_path / "tiny.onnx", keep_raw=True)
+    report = verify(tmp_path / "tiny.onnx", "tiny")
+    assert report.ok, str(report)
+    assert sum(check.compared for check in report.checks if "decode" not in check.name) > 10
+    assert any("decode of its own raw outputs" in check.name for check in report.checks)
+
+
+def test_another_detector_is_not_the_same(tmp_path):
+    to_onnx("tiny", tmp_path / "clipped.onnx", DecodeSpec(top_k=3))
+    assert not verify(tmp_path / "clipped.onnx", "tiny", threshold=0.3).ok
+
+
+def test_a_detector_is_not_compared_with_a_post_processor(tmp_path):
+    with pytest.raises(ValueError, match=r"cannot compare a detector \(tiny\) with a post-processor"):
+        verify("tiny", "rtdetr")
+    post = DetectionPostProcessor(DecodeSpec())
+    for name, queries in (("a", 10), ("b", 20)):
+        to_onnx(post, tmp_path / f"{name}.onnx", num_queries=queries, num_classes=5)
+    with pytest.raises(ValueError, match=r"\(10, 5\).*\(20, 5\)"):
+        verify(tmp_path / "a.onnx", tmp_path / "b.onnx")
+    to_onnx(post, tmp_path / "c.onnx", num_queries=10, num_classes=5, io="rtdetr")
+    with pytest.raises(ValueError, match="names of rtdetr runners"):
+        verify(tmp_path / "c.onnx", "rtdetr")
+
+
+def test_packages_and_openvino_files_are_verified_too(tmp_path):
+    post = DetectionPostProcessor(DecodeSpec(top_k=50))
+    example = (torch.zeros(2, 30, 20), torch.zeros(2, 30, 4))
+    package(post, example, tmp_path / "post.pt2", kind="export")
+    to_openvino(post, tmp_path / "post.xml", num_queries=30, num_classes=20)
+    for name in ("post.pt2", "post.xml"):
+        report = verify(tmp_path / name, post)
+        assert report.ok, str(report)
+        assert report.checks[0].compared == 50
+        assert not verify(tmp_path / name, Wrong("labels")).ok
