@@ -30,7 +30,7 @@ _HOMES = {
     "DecodeSpec": "spec",
     "DetectionPostProcessor": "postprocess",
     "Detections": "detections",
-    "Detector": "pipeline",
+    "Detector": "detector",
     "presets": "spec",
     "select_top_k": "selection",
 }

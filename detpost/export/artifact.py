@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from detpost.export.decode_graph import import_onnx
 from detpost.export.files import write_onnx
+from detpost.export.source import first_line
 from detpost.spec import DecodeSpec, name_of_preset
 
 if TYPE_CHECKING:
@@ -56,9 +57,18 @@ def describe(
 
 
 def finish(
-    model: onnx.ModelProto, path: Path, metadata: Mapping[str, Any], *, exporter: str, notes: tuple[str, ...] = ()
+    model: onnx.ModelProto,
+    path: Path,
+    metadata: Mapping[str, Any],
+    *,
+    exporter: str,
+    notes: tuple[str, ...] = (),
+    folder: Path | None = None,
 ) -> OnnxExport:
-    """Record the metadata, check the whole graph and write it."""
+    """Record the metadata, check the whole graph and write it.
+
+    Weights of ``model`` that lie in other files are found in ``folder``.
+    """
     import detpost
 
     onnx = import_onnx()
@@ -69,11 +79,14 @@ def finish(
     onnx.helper.set_model_props(model, dict([*kept, *own]))
     # Operators of another domain have no shape inference that the full check could run.
     standard = all(entry.domain in ("", "ai.onnx") for entry in model.opset_import)
-    try:
-        onnx.checker.check_model(model, full_check=standard)
-    except onnx.checker.ValidationError as error:
-        raise ValueError(f"the graph does not pass onnx.checker: {str(error).strip().splitlines()[0]}") from error
-    write_onnx(model, path)
+
+    def check(written: Path) -> None:
+        try:
+            onnx.checker.check_model(str(written), full_check=standard)
+        except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+            raise ValueError(f"the graph does not pass onnx.checker: {first_line(error)}") from error
+
+    write_onnx(model, path, folder, check)
     return OnnxExport(
         path=path,
         opset=opset,

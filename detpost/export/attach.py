@@ -20,6 +20,7 @@ from detpost.export.decode_graph import (
     io_outputs,
 )
 from detpost.export.source import first_line
+from detpost.export.weights import inner_graphs, read_onnx
 from detpost.spec import DecodeSpec
 
 if TYPE_CHECKING:
@@ -89,18 +90,25 @@ def attach(
         >>> made.inputs, made.outputs
         (('features', 'points', 'image_sizes'), ('labels', 'boxes', 'scores', 'valid'))
     """
-    onnx = import_onnx()
     say = progress or (lambda _: None)
     say("reading the source")
-    source = _read(onnx, Path(src))
+    source = read_onnx(Path(src))
     spec = spec or DecodeSpec.preset("rtdetr")
     say("attaching the post-processing")
     model, notes = attach_graph(
-        source, spec, logits=logits, boxes=boxes, io=io, ties=ties, queries=queries, keep_raw=keep_raw
+        source.model,
+        spec,
+        logits=logits,
+        boxes=boxes,
+        io=io,
+        ties=ties,
+        queries=queries,
+        keep_raw=keep_raw,
+        folder=source.folder,
     )
     metadata = {**describe(spec, class_names, io, ties, keep_raw), "exporter": "attach"}
     say("checking and writing the file")
-    return finish(model, Path(dst), metadata, exporter="none", notes=notes)
+    return finish(model, Path(dst), metadata, exporter="none", notes=notes, folder=source.folder)
 
 
 def attach_graph(
@@ -113,11 +121,15 @@ def attach_graph(
     ties: Ties = "exact",
     queries: bool = False,
     keep_raw: bool = False,
+    folder: Path | None = None,
 ) -> tuple[onnx.ModelProto, tuple[str, ...]]:
-    """Attach in memory: as :func:`attach`, from a model to a model and notes. ``source`` is not changed."""
+    """Attach in memory: as :func:`attach`, from a model to a model and notes. ``source`` is not changed.
+
+    Its weights that lie in other files stay there, and are found in ``folder`` where the model must be run.
+    """
     onnx = import_onnx()
     model, notes = _at_least_opset(onnx, source)
-    raw = _find_outputs(onnx, model, logits, boxes)
+    raw = _find_outputs(onnx, model, logits, boxes, folder)
     notes = [*notes, f"logits: {raw.logits} {list(raw.logits_shape)}", f"boxes: {raw.boxes} {list(raw.boxes_shape)}"]
 
     sizes = io_inputs(io)
@@ -171,17 +183,6 @@ class _RawOutputs:
         return int(self.logits_shape[2])
 
 
-def _read(onnx: Any, path: Path) -> onnx.ModelProto:
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {path}")
-    try:
-        return onnx.load(path)
-    except FileNotFoundError:
-        raise
-    except Exception as error:
-        raise OSError(f"{path} is not an ONNX file that can be read: {first_line(error)}") from error
-
-
 def _opset(model: onnx.ModelProto) -> int:
     return next(int(entry.version) for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
 
@@ -201,8 +202,10 @@ def _at_least_opset(onnx: Any, source: onnx.ModelProto) -> tuple[onnx.ModelProto
     return converted, [f"converted the source from opset {version} to 17: exact ties need {OLDEST_OPSET} or later"]
 
 
-def _find_outputs(onnx: Any, model: onnx.ModelProto, logits: str | None, boxes: str | None) -> _RawOutputs:
-    shapes = _output_shapes(onnx, model)
+def _find_outputs(
+    onnx: Any, model: onnx.ModelProto, logits: str | None, boxes: str | None, folder: Path | None
+) -> _RawOutputs:
+    shapes = _output_shapes(onnx, model, folder)
     listing = "; ".join(f"{name} {list(shape)}" for name, (shape, _) in shapes.items()) or "none"
     for option, name in (("logits", logits), ("boxes", boxes)):
         if name is not None and name not in shapes:
@@ -257,7 +260,9 @@ def _check_pair(
         )
 
 
-def _output_shapes(onnx: Any, model: onnx.ModelProto) -> dict[str, tuple[tuple[int | str, ...], torch.dtype]]:
+def _output_shapes(
+    onnx: Any, model: onnx.ModelProto, folder: Path | None
+) -> dict[str, tuple[tuple[int | str, ...], torch.dtype]]:
     """Give the shape (a number or a name for each dimension) and dtype of every floating output of a fixed rank."""
     inferred = onnx.shape_inference.infer_shapes(model, data_prop=True)
     kinds = {
@@ -273,18 +278,18 @@ def _output_shapes(onnx: Any, model: onnx.ModelProto) -> dict[str, tuple[tuple[i
             shape = tuple(d.dim_value if d.HasField("dim_value") else d.dim_param or "?" for d in kind.shape.dim)
             shapes |= {value.name: (shape, kinds[kind.elem_type])}
     if any(isinstance(size, str) for shape, _ in shapes.values() for size in shape[1:]):
-        shapes = _measured_shapes(model, shapes)
+        shapes = _measured_shapes(model, shapes, folder)
     return shapes
 
 
 def _measured_shapes(
-    model: onnx.ModelProto, shapes: dict[str, tuple[tuple[int | str, ...], torch.dtype]]
+    model: onnx.ModelProto, shapes: dict[str, tuple[tuple[int | str, ...], torch.dtype]], folder: Path | None
 ) -> dict[str, tuple[tuple[int | str, ...], torch.dtype]]:
     """Run the model once where inference left a dimension open: what then comes out is Q and C."""
     from detpost.export.runtime import onnx_example_inputs, onnx_session
 
     try:
-        session = onnx_session(model.SerializeToString())
+        session = onnx_session(model.SerializeToString(), folder=folder)
         values = session.run(list(shapes), onnx_example_inputs(session))
     except Exception:
         return shapes
@@ -298,17 +303,9 @@ def _value_names(graph: onnx.GraphProto) -> set[str]:
     names = {value.name for value in (*graph.input, *graph.output, *graph.initializer)}
     for node in graph.node:
         names |= {*node.input, *node.output}
-        for inner in _subgraphs(node):
+        for inner in inner_graphs(node):
             names |= _value_names(inner)
     return names
-
-
-def _subgraphs(node: onnx.NodeProto) -> list[onnx.GraphProto]:
-    return [
-        graph
-        for attribute in node.attribute
-        for graph in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs)
-    ]
 
 
 def _free_name(name: str, taken: set[str]) -> str:
@@ -334,7 +331,7 @@ def _rename_in(graph: onnx.GraphProto, names: Mapping[str, str]) -> None:
             replaced = [names.get(name, name) for name in values]
             del values[:]
             values.extend(replaced)
-        for inner in _subgraphs(node):
+        for inner in inner_graphs(node):
             _rename_in(inner, names)
 
 

@@ -20,12 +20,17 @@ _DTYPES = {
 }
 
 
-def onnx_session(model: bytes | str | Path, providers: tuple[str, ...] = ("CPUExecutionProvider",)) -> Any:
+def onnx_session(
+    model: bytes | str | Path,
+    providers: tuple[str, ...] = ("CPUExecutionProvider",),
+    folder: Path | None = None,
+) -> Any:
     """Open a model in ONNX Runtime.
 
     Args:
         model: a path or a serialised model.
         providers: execution providers, the first that can takes each node.
+        folder: where a serialised model's external weights lie.
 
     Returns:
         The ``InferenceSession``.
@@ -43,6 +48,8 @@ def onnx_session(model: bytes | str | Path, providers: tuple[str, ...] = ("CPUEx
         raise FileNotFoundError(f"no file {model}")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # warnings about unused initialisers say nothing to a user
+    if folder is not None:
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder.absolute()))
     try:
         return onnxruntime.InferenceSession(
             model if isinstance(model, bytes) else str(model), options, providers=list(providers)
