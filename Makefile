@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 
 install: $(STAMP)
 
-$(STAMP): pyproject.toml constraints.txt detpost/kernels/cpu/native.cpp
+$(STAMP): pyproject.toml constraints.txt $(wildcard detpost/kernels/cpu/*.cpp detpost/kernels/cpu/*.h)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[all,dev]'
