@@ -64,7 +64,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
 @functools.cache
 def _library() -> ctypes.CDLL | str:
     """Load the built library, or say why there is none."""
-    suffixes = importlib.machinery.EXTENSION_SUFFIXES
+    suffixes = reversed(importlib.machinery.EXTENSION_SUFFIXES)  # the one without an interpreter's tag first
     found = [path for suffix in suffixes if (path := Path(__file__).with_name(f"_native{suffix}")).exists()]
     if not found:
         return "not built: reinstall detpost where there is a C++ compiler"
