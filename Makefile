@@ -3,15 +3,17 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+KERNELS := $(wildcard detpost/kernels/cpu/*.cpp detpost/kernels/cpu/*.h)
 
 .PHONY: install demo test lint docs bench clean
 
 install: $(STAMP)
 
-$(STAMP): pyproject.toml constraints.txt $(wildcard detpost/kernels/cpu/*.cpp detpost/kernels/cpu/*.h)
+# Modules are compiled when they are first imported: most of what the packages bring never is.
+$(STAMP): pyproject.toml setup.py constraints.txt $(KERNELS)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[all,dev]'
+	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e '.[all,dev]'
 	touch $@
 
 demo: $(STAMP)

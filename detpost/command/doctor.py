@@ -18,11 +18,12 @@ _OPTIONAL = {
     "onnxruntime": ("onnx", "running and verifying ONNX files"),
     "openvino": ("openvino", "OpenVINO export"),
     "transformers": ("hf", "transformers detectors and the tiny detector"),
+    "safetensors": ("hf", "weights of transformers detectors"),
     "supervision": ("viz", "drawing"),
     "matplotlib": ("viz", "plots"),
     "faster_coco_eval": ("eval", "COCO evaluation"),
 }
-_CORE = ("torch", "torchvision", "numpy", "kornia", "pillow", "safetensors", "typer", "rich")
+_CORE = ("torch", "torchvision", "numpy", "kornia", "pillow", "typer", "rich")
 
 
 @dataclass(frozen=True)
