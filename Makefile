@@ -9,10 +9,12 @@ KERNELS := $(wildcard detpost/kernels/cpu/*.cpp detpost/kernels/cpu/*.h)
 
 install: $(STAMP)
 
-# Modules are compiled when they are first imported: most of what the packages bring never is.
+# Without bytecode: what is imported gets it then, and most of what the packages bring never is. The warning that is left
+# out comes with every editable installation and asks for nothing.
 $(STAMP): pyproject.toml setup.py constraints.txt $(KERNELS)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
+	PYTHONWARNINGS='ignore:Editable installation' \
 	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e '.[all,dev]'
 	touch $@
 

@@ -1,0 +1,97 @@
+"""What an installation brings: the wheel, the extras, the pins."""
+
+import ctypes
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+PINS = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().split())
+
+
+def plain(name):
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def names(requirements):
+    """Give the distributions that requirements name, extras of detpost itself followed."""
+    found = set()
+    for requirement in requirements:
+        name, extras = re.match(r"([\w.-]+)(?:\[([\w, -]+)\])?", requirement).groups()
+        inner = [EXTRAS[extra.strip()] for extra in extras.split(",")] if name == "detpost" else []
+        found |= {plain(name)} if name != "detpost" else set().union(*map(names, inner))
+    return found
+
+
+def build_wheel(folder, **environment):
+    """Build a wheel from a copy of the checkout, so that no earlier build is found in it."""
+    source = folder / "source"
+    leave_out = shutil.ignore_patterns("_native*", "__pycache__", "*.egg-info")
+    shutil.copytree(ROOT / "detpost", source / "detpost", ignore=leave_out)
+    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    done = subprocess.run(
+        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder / "dist"), str(source)],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-1000:]
+    (wheel,) = (folder / "dist").glob("*.whl")
+    return wheel, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+def test_a_wheel_serves_every_python_of_its_platform(tmp_path):
+    wheel, said = build_wheel(tmp_path)
+    assert re.fullmatch(r"detpost-[\d.]+-py3-none-(?!any).+\.whl", wheel.name)
+    assert "experimental" not in said
+    with zipfile.ZipFile(wheel) as opened:
+        (library,) = [name for name in opened.namelist() if "/_native" in name]
+        assert re.fullmatch(r"detpost/kernels/cpu/_native\.(so|pyd)", library)
+        assert not [name for name in opened.namelist() if name.endswith((".cpp", ".h"))]
+        loaded = opened.extract(library, tmp_path)
+    ctypes.CDLL(loaded).detpost_interface()
+    # Without a name of CPython's in it there is nothing that another version could lack.
+    assert not re.search(rb"Py[A-Z_]\w+|libpython", Path(loaded).read_bytes())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="the compiler is looked for on PATH there")
+def test_without_a_compiler_there_is_a_wheel_all_the_same(tmp_path):
+    wheel, _ = build_wheel(tmp_path, CC="false", CXX="false")
+    with zipfile.ZipFile(wheel) as opened:
+        assert "detpost/__init__.py" in opened.namelist()
+        assert not [name for name in opened.namelist() if "/_native" in name]
+
+
+def test_every_dependency_of_the_main_environment_is_pinned():
+    wanted = names([*PROJECT["dependencies"], "detpost[all,dev,scale,quantize]"])
+    assert wanted - {plain(name) for name in PINS} == set()
+
+
+def test_a_pin_is_a_version_and_no_address():
+    for line in (ROOT / "constraints.txt").read_text().splitlines():
+        assert re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.]+", line), line
+
+
+def test_all_is_what_serves_on_a_plain_machine():
+    everything = set(EXTRAS) - {"all", "dev", "docs"}
+    assert names(["detpost[all]"]) == names([f"detpost[{','.join(everything - {'scale', 'quantize', 'edge'})}]"])
+    assert not names([*PROJECT["dependencies"], "detpost[all,dev]"]) & {"ray", "nncf", "executorch", "litert-torch"}
+
+
+def test_every_floor_is_stated():
+    for requirement in [*PROJECT["dependencies"], *(line for extra in EXTRAS.values() for line in extra)]:
+        assert requirement.startswith("detpost[") or re.search(r"[>=]=", requirement), requirement
