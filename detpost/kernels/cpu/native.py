@@ -67,7 +67,7 @@ def _library() -> ctypes.CDLL | str:
     suffixes = reversed(importlib.machinery.EXTENSION_SUFFIXES)  # the one without an interpreter's tag first
     found = [path for suffix in suffixes if (path := Path(__file__).with_name(f"_native{suffix}")).exists()]
     if not found:
-        return "not built: reinstall detpost where there is a C++ compiler"
+        return "not built: reinstall detpost where there is a C++ compiler (a checkout: python setup.py build_ext --inplace)"
     try:
         library = ctypes.CDLL(str(found[0]))
         interface = int(library.detpost_interface())
