@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from benchmarks.peers import rfdetr_class
 from detpost import DetectionPostProcessor, Detections
 from detpost.heads import DETRPoseKeypoints, RFDETRKeypoints
-from tests.heads.measure_masks import rfdetr_class
 from tests.mixin import assert_same, one_line
 from tests.test_nms import exported
 

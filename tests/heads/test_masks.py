@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.peers import rfdetr_class
 from detpost import DetectionPostProcessor, Detections
 from detpost.heads import InstanceMasks, masks_per_image, to_rle
 from detpost.kernels.cpu.mask_upsampling import upsample_and_compare
-from tests.heads.measure_masks import rfdetr_class
 from tests.mixin import assert_same, one_line
 from tests.test_nms import exported
 

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.bench import Row, _peaks, _race, run_benchmark, write_json, write_plot
-from benchmarks.cases import Task
+from benchmarks import report
+from benchmarks.race import Row, _peaks, _race, run_benchmark
+from benchmarks.report import write_json, write_plot, write_table
+from benchmarks.tasks import Task
 from detpost.kernels.cpu import native
 
 
@@ -31,18 +33,55 @@ def test_inputs_take_turns():
     assert set(seen) == set(range(8))
 
 
+def test_what_runs_before_a_cold_call_is_not_timed():
+    class Prepared:
+        prepared = 0
+
+        def prepare(self):
+            self.prepared += 1
+            time.sleep(0.02)
+
+        def __call__(self, turn):
+            assert self.prepared or turn < 2  # the two calls that warm up
+            time.sleep(0.001)
+
+    contender = Prepared()
+    rows = _race("task", (1,), {"detpost": contender}, seconds=0.01)
+    assert contender.prepared >= 3
+    assert rows[0].microseconds < 20_000
+
+
 @pytest.mark.slow
 @pytest.mark.peers
 def test_every_installed_peer_takes_part(tmp_path):
-    rows = run_benchmark(quick=True)
-    contenders = {row.name for row in rows if row.task == "decode"}
-    assert {"detpost", "transformers", "kornia", "RT-DETR (in place)", "read of the logits"} <= contenders
-    assert {row.name for row in rows if row.task.startswith("HausdorffDT")} == {"detpost", "detpost (aten)", "MONAI"}
-    assert {row.name for row in rows if row.task == "distance_transform_edt"} == {"detpost", "scipy"}
+    wanted = {
+        "decode": {"detpost", "detpost (aten)", "detpost (numpy)", "transformers", "kornia", "RT-DETR (in place)"},
+        "raw outputs to lists, softmax": {"detpost", "detpost (aten)", "transformers"},
+        "drop-in: kornia": {"detpost", "kornia"},
+        "decode of one image, warm and cold": {"detpost", "detpost, cold", "kornia, cold", "read of the logits"},
+        "decode with gradient, forward + backward": {"detpost", "detpost (aten)", "kornia"},
+        "nms": {"detpost", "detpost (aten)", "torchvision"},
+        "distance_transform_edt": {"detpost", "detpost (aten)", "scipy"},
+    }
+    rows = []
+    for task, contenders in wanted.items():
+        of_task = run_benchmark(quick=True, only=task)
+        assert contenders <= {row.name for row in of_task}, task
+        rows += of_task
     write_json(rows, tmp_path / "bench.json")
     write_plot(rows, tmp_path / "bench.png")
+    write_table(rows, tmp_path / "bench.md")
     assert json.loads((tmp_path / "bench.json").read_text())["rows"][0]["task"] == "decode"
     assert (tmp_path / "bench.png").stat().st_size > 10_000
+    assert (tmp_path / "bench.md").read_text().count("\n| nms |") == 1
+
+
+def test_every_contender_has_a_colour_of_its_own():
+    same = {"in place": "RT-DETR (in place)", "out of place": "detpost (aten)"}  # the same code under two headings
+    for name, other in same.items():
+        assert report._COLOURS[name] == report._COLOURS[other]
+    colours = [colour for name, colour in report._COLOURS.items() if name not in same]
+    assert len(set(colours)) == len(colours)
 
 
 def test_the_files_say_where_and_when(tmp_path):

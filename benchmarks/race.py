@@ -5,26 +5,23 @@ from __future__ import annotations
 import ctypes
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
-from datetime import date
-from importlib import metadata
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from benchmarks.cases import ROTATED, Case, Size, Task, is_installed, task_of, tasks
+from benchmarks.inputs import ROTATED, Case, Size
+from benchmarks.tasks import Task, task_of, tasks
 
-__all__ = ["Row", "run_benchmark", "write_json", "write_plot"]
+__all__ = ["Row", "run_benchmark", "times"]
 
 _TURN_S = 0.1
-_PEERS = ("torch", "numpy", "triton", "kornia", "transformers", "rfdetr", "monai", "scipy")
 
 
 @dataclass(frozen=True)
@@ -59,7 +56,7 @@ def run_benchmark(
     """Time everything that is installed.
 
     Args:
-        quick: the small sizes and few runs, under a minute on two cores; the whole takes under five.
+        quick: the small sizes and few runs.
         progress: called with one line before each size.
         device: ``"cpu"`` or ``"cuda"``.
         only: the name of one task.
@@ -73,14 +70,15 @@ def run_benchmark(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for task in tasks(device, quick, only):
-            say(f"{task.name} {_times(task.size)}")
+            say(f"{task.name} {times(task.size)}")
             timed = _race(task.name, task.size, task.contenders, seconds, device)
             peaks = _peaks(task, device)
             rows += [replace(row, peak_bytes=peaks.get(row.name)) for row in timed]
     return rows
 
 
-def _times(size: Size) -> str:
+def times(size: Size) -> str:
+    """Write a size as 1x300x80."""
     return "x".join(map(str, size))
 
 
@@ -92,22 +90,25 @@ def _race(task: str, size: Size, contenders: dict[str, Case], seconds: float, de
     for case in contenders.values():
         case(0)
         case(1)
-    times: dict[str, list[float]] = {name: [] for name in contenders}
+    taken: dict[str, list[float]] = {name: [] for name in contenders}
     spent, turn = 0.0, 0
     while spent < seconds * len(contenders) or turn < 3:
         for name, case in contenders.items():
             end = time.perf_counter() + _TURN_S
             for step in range(ROTATED):
+                prepare = getattr(case, "prepare", None)
+                if prepare is not None:
+                    prepare()
                 _wait(device)
                 start = time.perf_counter()
                 case((turn + step) % ROTATED)
                 _wait(device)
-                times[name].append(time.perf_counter() - start)
-                spent += times[name][-1]
+                taken[name].append(time.perf_counter() - start)
+                spent += taken[name][-1]
                 if time.perf_counter() > end:
                     break
         turn += 1
-    medians = {name: statistics.median(values) for name, values in times.items()}
+    medians = {name: statistics.median(values) for name, values in taken.items()}
     return [Row(task, size, name, value * 1e6, value / medians["detpost"], device) for name, value in medians.items()]
 
 
@@ -126,7 +127,7 @@ def _peaks(task: Task, device: str) -> dict[str, int]:
         return {}
     # A process of its own: what an earlier run freed would hide what this one takes.
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "benchmarks.bench", json.dumps([task.name, task.size])],
+        [sys.executable, "-W", "ignore", "-m", "benchmarks.race", json.dumps([task.name, task.size])],
         capture_output=True,
         text=True,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in (os.getcwd(), *sys.path) if path)},
@@ -176,60 +177,6 @@ def _peak_of(small: Task, whole: Task, contender: str) -> int:
 def _status(name: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
-
-
-def write_json(rows: Sequence[Row], path: Path) -> None:
-    """Write the rows with the machine, the versions and the date."""
-    from detpost import kernels
-
-    gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
-    report = {
-        "date": date.today().isoformat(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
-        "kernel": kernels.kind_for("cpu"),
-        **gpu,
-        "python": platform.python_version(),
-        "versions": {name: metadata.version(name) for name in _PEERS if is_installed(name)},
-        "rows": [asdict(row) for row in rows],
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=1) + "\n")
-
-
-def write_plot(rows: Sequence[Row], path: Path) -> None:
-    """Draw one panel per task: time of each contender over the sizes, on a logarithmic scale."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ImportError("the plot needs matplotlib: pip install 'detpost[viz]'") from None
-    names = list(dict.fromkeys(row.task for row in rows))
-    across = min(4, len(names))
-    down = -(-len(names) // across)
-    figure = Figure(figsize=(5.2 * across, 4.2 * down), layout="constrained")
-    for position, task in enumerate(names, start=1):
-        axes = figure.add_subplot(down, across, position)
-        of_task = [row for row in rows if row.task == task]
-        sizes = list(dict.fromkeys(row.size for row in of_task))
-        contenders = list(dict.fromkeys(row.name for row in of_task))
-        if len(sizes) == 1:  # no line through one point
-            axes.barh(contenders[::-1], [row.microseconds for row in reversed(of_task)])
-            axes.set_xscale("log")
-            axes.set_xlabel(f"median, microseconds, at {_times(sizes[0])}")
-            axes.grid(visible=True, axis="x", alpha=0.2)
-        else:
-            for name in contenders:
-                times = {row.size: row.microseconds for row in of_task if row.name == name}
-                places = [place for place, size in enumerate(sizes) if size in times]
-                width = 2.5 if name == "detpost" else 1.2
-                axes.plot(places, [times[sizes[place]] for place in places], label=name, marker="o", linewidth=width)
-            axes.set_xticks(range(len(sizes)), [_times(size) for size in sizes], rotation=30, ha="right")
-            axes.set_yscale("log")
-            axes.set_ylabel("median, microseconds")
-            axes.legend(fontsize=8)
-            axes.grid(visible=True, which="both", alpha=0.2)
-        axes.set_title(task, fontsize=10)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=100)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,241 @@
+"""The decode: padded and to lists, sigmoid and softmax, warm and cold, with a gradient, and behind other names."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import peers
+from benchmarks.inputs import Case, Size, is_installed, no_grad, raw_outputs, with_kernel
+from detpost.postprocess import DetectionPostProcessor
+
+__all__ = ["cold", "gradient", "padded", "softmax_lists", "to_lists", "trade_off"]
+
+KEPT = 300
+THRESHOLD = 0.5
+
+
+def _forms(own: Case, device: str = "cpu") -> dict[str, Case]:
+    forms = {"detpost": own, "detpost (aten)": with_kernel("aten", own)}
+    return forms | ({"detpost (numpy)": with_kernel("numpy", own)} if device == "cpu" else {})
+
+
+def padded(size: Size, device: str) -> dict[str, Case]:
+    """Logits and boxes to padded tensors, without gradients."""
+    logits, boxes, sizes = raw = raw_outputs(size, device)
+    post = DetectionPostProcessor.from_preset("rtdetr", top_k=KEPT)
+    contenders = _forms(no_grad(lambda i: post(logits[i], boxes[i], sizes)), device)
+    if device == "cuda":
+        from detpost.export import CudaGraph
+
+        graph = CudaGraph(post, (logits[0], boxes[0], sizes), clone=False)
+        contenders |= {"detpost (CUDA graph)": no_grad(lambda i: graph(logits[i], boxes[i], sizes))}
+        read = CudaGraph(_Read(), (logits[0],), clone=False)
+        contenders |= {"read of the logits (CUDA graph)": no_grad(lambda i: read(logits[i]))}
+    contenders |= peers.sigmoid_lists(size, raw, KEPT, 0.0)
+    contenders |= {"read of the logits": no_grad(lambda i: logits[i].amax())}
+    return contenders
+
+
+class _Read(torch.nn.Module):
+    """The floor: what any decode has to do at the least."""
+
+    def forward(self, logits: Tensor) -> Tensor:
+        return logits.amax()
+
+
+def to_lists(size: Size, device: str) -> dict[str, Case]:
+    """Raw outputs to a list of dicts, the threshold included: what a user reads."""
+    logits, boxes, sizes = raw = raw_outputs(size, device)
+    post = DetectionPostProcessor.from_preset("rtdetr", top_k=KEPT, score_threshold=THRESHOLD)
+    own = no_grad(lambda i: post(logits[i], boxes[i], sizes).to_list())
+    return _forms(own, device) | peers.sigmoid_lists(size, raw, KEPT, THRESHOLD)
+
+
+def softmax_lists(size: Size, device: str) -> dict[str, Case]:
+    """As :func:`to_lists` for a softmax head, the best class of each query (preset ``detr``)."""
+    logits, boxes, sizes = raw = raw_outputs(size, device)
+    # Peaked as a trained head's: most queries are sure that they see nothing.
+    peaked = [values * 2 + torch.nn.functional.one_hot(torch.tensor(size[2] - 1), size[2]) * 4 for values in logits]
+    raw = (peaked, boxes, sizes)
+    post = DetectionPostProcessor.from_preset("detr", score_threshold=0.1)
+    own = no_grad(lambda i: post(peaked[i], boxes[i], sizes).to_list())
+    return _forms(own, device) | peers.detr_lists(raw, 0.1)
+
+
+def gradient(size: Size, device: str) -> dict[str, Case]:
+    """Forward and backward through the scores and the boxes."""
+    logits, boxes, sizes = raw_outputs(size, device)
+    post = DetectionPostProcessor.from_preset("rtdetr", top_k=KEPT)
+
+    def there_and_back(decode: Any) -> Case:
+        def run(turn: int) -> Any:
+            first, second = logits[turn].detach().requires_grad_(), boxes[turn].detach().requires_grad_()
+            scores, corners = decode(first, second)
+            (scores.sum() + corners.sum()).backward()
+            return first.grad, second.grad
+
+        return run
+
+    def own(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+        found = post(first, second, sizes)
+        return found.scores, found.boxes
+
+    contenders = {"detpost": there_and_back(own), "detpost (aten)": with_kernel("aten", there_and_back(own))}
+    if is_installed("kornia"):
+        from kornia.models.rt_detr.post_processor import DETRPostProcessor
+
+        theirs = DETRPostProcessor(num_classes=size[2], num_top_queries=KEPT, confidence_filtering=False)
+
+        def kornias(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+            rows = theirs(first, second, sizes)
+            rows = torch.stack(rows) if isinstance(rows, list) else rows
+            return rows[..., 1], rows[..., 2:]
+
+        contenders |= {"kornia": there_and_back(kornias)}
+    return contenders
+
+
+class Cold:
+    """A case that other work runs before, outside the time that is taken: its code and data leave the caches."""
+
+    def __init__(self, case: Case) -> None:
+        self.case = case
+        self._field = torch.rand(8, 16, 96, 96)
+        self._weight = torch.rand(16, 16, 3, 3)
+
+    def prepare(self) -> None:
+        """Run a convolution, as a network would, and touch more memory than the caches hold."""
+        with torch.no_grad():
+            torch.nn.functional.conv2d(self._field, self._weight).relu().sum()
+            torch.rand(4_000_000).sort()
+
+    def __call__(self, turn: int) -> Any:
+        return self.case(turn)
+
+
+def cold(size: Size, device: str) -> dict[str, Case]:
+    """One image called in a loop, and right after other work."""
+    logits, boxes, sizes = raw = raw_outputs(size, device)
+    post = DetectionPostProcessor.from_preset("rtdetr", top_k=KEPT)
+    own = no_grad(lambda i: post(logits[i], boxes[i], sizes))
+    contenders: dict[str, Case] = {"detpost": own, "detpost, cold": Cold(own)}
+    theirs = peers.sigmoid_lists(size, raw, KEPT, 0.0)
+    contenders |= {f"{name}, cold": Cold(case) for name, case in theirs.items() if name != "RF-DETR"}
+    contenders |= {"read of the logits": no_grad(lambda i: logits[i].amax())}
+    return contenders
+
+
+def trade_off(size: Size, device: str) -> dict[str, Case]:
+    """The same decode written in place, out of place, and out of place and compiled."""
+    logits, boxes, sizes = raw_outputs(size, device)
+    post = DetectionPostProcessor.from_preset("rtdetr", top_k=KEPT)
+    compiled = torch.compile(DetectionPostProcessor.from_preset("rtdetr", top_k=KEPT), fullgraph=True)
+    own = no_grad(lambda i: post(logits[i], boxes[i], sizes))
+    contenders: dict[str, Case] = {
+        "detpost": own,
+        "out of place": with_kernel("aten", own),
+        "out of place, compiled": with_kernel("aten", no_grad(lambda i: compiled(logits[i], boxes[i], sizes))),
+    }
+    if is_installed("tests.reference.rtdetr_inplace"):
+        from tests.reference.rtdetr_inplace import decode_
+
+        contenders |= {"in place": no_grad(lambda i: decode_(logits[i], boxes[i].clone(), sizes))}
+    return contenders
+
+
+def drop_in(library: str) -> Any:
+    """Give the maker of a task: detpost's stand-in beside the call that it replaces."""
+    makers = {
+        "transformers, sigmoid": _transformers_sigmoid,
+        "transformers, softmax": _transformers_softmax,
+        "kornia": _kornia,
+        "RT-DETR": _rtdetr,
+        "RF-DETR": _rfdetr,
+        "Ultralytics": _ultralytics,
+    }
+    return makers[library]
+
+
+def _transformers_sigmoid(size: Size, device: str) -> dict[str, Case]:
+    from detpost.integrations.transformers import post_process_object_detection
+
+    logits, boxes, sizes = raw = raw_outputs(size, device)
+    own = no_grad(
+        lambda i: post_process_object_detection(
+            peers.outputs_of(logits[i], boxes[i]), threshold=THRESHOLD, target_sizes=sizes, family="rt_detr"
+        )
+    )
+    return {"detpost": own} | _only(peers.sigmoid_lists(size, raw, KEPT, THRESHOLD), "transformers")
+
+
+def _transformers_softmax(size: Size, device: str) -> dict[str, Case]:
+    from detpost.integrations.transformers import post_process_object_detection
+
+    logits, boxes, sizes = raw = raw_outputs(size, device)
+    own = no_grad(
+        lambda i: post_process_object_detection(
+            peers.outputs_of(logits[i], boxes[i]), threshold=0.05, target_sizes=sizes, family="detr"
+        )
+    )
+    return {"detpost": own} | peers.detr_lists(raw, 0.05)
+
+
+def _kornia(size: Size, device: str) -> dict[str, Case]:
+    from detpost.integrations.kornia import DETRPostProcessor
+
+    logits, boxes, sizes = raw = raw_outputs(size, device)
+    post = DETRPostProcessor(THRESHOLD, num_classes=size[2], num_top_queries=KEPT)
+    own = no_grad(lambda i: post(logits[i], boxes[i], sizes))
+    return {"detpost": own} | _only(peers.sigmoid_lists(size, raw, KEPT, THRESHOLD), "kornia")
+
+
+def _rtdetr(size: Size, device: str) -> dict[str, Case]:
+    from detpost.integrations.rtdetr import RTDETRPostProcessor
+
+    logits, boxes, sizes = raw = raw_outputs(size, device)
+    post = RTDETRPostProcessor(num_classes=size[2], num_top_queries=KEPT).deploy()
+    swapped = sizes.flip(-1)
+    own = no_grad(lambda i: post({"pred_logits": logits[i], "pred_boxes": boxes[i]}, swapped))
+    return {"detpost": own} | _only(peers.sigmoid_lists(size, raw, KEPT, 0.0), "RT-DETR (in place)")
+
+
+def _rfdetr(size: Size, device: str) -> dict[str, Case]:
+    from detpost.integrations.rfdetr import PostProcess
+
+    logits, boxes, sizes = raw = raw_outputs(size, device)
+    post = PostProcess(num_select=KEPT)
+    own = no_grad(lambda i: post({"pred_logits": logits[i], "pred_boxes": boxes[i]}, target_sizes=sizes))
+    return {"detpost": own} | _only(peers.sigmoid_lists(size, raw, KEPT, 0.0), "RF-DETR")
+
+
+def _ultralytics(size: Size, device: str) -> dict[str, Case]:
+    from detpost.integrations.ultralytics import postprocess
+
+    logits, boxes, sizes = raw_outputs(size, device)
+    preds = [torch.cat((box, values.sigmoid()), dim=-1) for values, box in zip(logits, boxes, strict=True)]
+    own = no_grad(lambda i: postprocess(preds[i], sizes, conf=0.25))
+    contenders: dict[str, Case] = {"detpost": own}
+    if is_installed("ultralytics"):
+        from types import SimpleNamespace
+
+        from ultralytics.models.rtdetr.predict import RTDETRPredictor
+
+        predictor = object.__new__(RTDETRPredictor)
+        names = {number: str(number) for number in range(size[2])}
+        predictor.args = SimpleNamespace(conf=0.25, classes=None, max_det=300)
+        predictor.model = SimpleNamespace(names=names)
+        predictor.batch = [[""] * size[0]]
+        images = [torch.zeros(480, 640, 3, dtype=torch.uint8).numpy()] * size[0]
+        theirs = no_grad(lambda i: predictor.postprocess(preds[i], torch.zeros(1), images))
+        with contextlib.suppress(AttributeError, ValueError):  # another version, with another head
+            theirs(0)
+            contenders |= {"Ultralytics": theirs}
+    return contenders
+
+
+def _only(contenders: dict[str, Case], name: str) -> dict[str, Case]:
+    return {key: case for key, case in contenders.items() if key == name}
