@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,9 @@ from detpost.detections import Detections
 from detpost.images import Preprocessing, read_image
 from detpost.postprocess import DetectionPostProcessor, DetectorModule
 from detpost.spec import DecodeSpec
+
+if TYPE_CHECKING:
+    from detpost.export.feed import InputKind
 
 __all__ = ["Detector"]
 
@@ -37,6 +41,8 @@ class Detector:
         threshold: detections with ``score > threshold`` are given.
         batch: the batch size that ``run`` is fixed to; ``None`` where any will do.
         spec: how raw outputs are decoded, where that is known.
+        preprocessing: the scaling and normalisation in ``prepare``, where that is known.
+        prepare_as: where a file's preprocessing is an assumption, makes ``prepare`` of another one.
 
     Example:
         >>> detector = Detector.load("tiny", device="cpu")
@@ -53,6 +59,8 @@ class Detector:
         threshold: float = 0.5,
         batch: int | None = None,
         spec: DecodeSpec | None = None,
+        preprocessing: Preprocessing | None = None,
+        prepare_as: Callable[[Preprocessing], Prepare] | None = None,
     ) -> None:
         self.run = run
         self.prepare = prepare
@@ -61,6 +69,8 @@ class Detector:
         self.threshold = threshold
         self.batch = batch
         self.spec = spec
+        self.preprocessing = preprocessing
+        self.prepare_as = prepare_as
 
     @classmethod
     def load(
@@ -119,6 +129,7 @@ class Detector:
             place,
             threshold,
             spec=loaded.spec,
+            preprocessing=loaded.export_preprocessing,
         )
 
     def predict(self, images: Any, batch_size: int = 8) -> list[dict[str, Any]]:
@@ -210,17 +221,16 @@ def _through_file(source: str | Path, backend: str, threshold: float) -> Detecto
 def _load_onnx(path: Path, device: Any, threshold: float) -> Detector:
     """Open a file of :func:`detpost.export.to_onnx`: its own metadata says the rest."""
     from detpost.export.artifact import read_metadata
-    from detpost.export.runtime import onnx_session
+    from detpost.export.runtime import onnx_inputs, onnx_session
 
     session = onnx_session(path)
     metadata = read_metadata(session.get_modelmeta().custom_metadata_map, path)
     names = ["scores", "labels", "boxes", "valid"]
-    inputs = {value.name: value.shape for value in session.get_inputs()}
 
     def run(feed: dict[str, Any]) -> dict[str, Any]:
         return dict(zip(names, session.run(names, feed), strict=True))
 
-    return _of_arrays(path, run, inputs, metadata, threshold)
+    return _of_arrays(path, run, onnx_inputs(session), metadata, threshold)
 
 
 def _load_openvino(path: Path, device: Any, threshold: float) -> Detector:
@@ -228,7 +238,8 @@ def _load_openvino(path: Path, device: Any, threshold: float) -> Detector:
     from detpost.export.openvino import open_openvino
 
     model = open_openvino(path)
-    return _of_arrays(path, model.run, model.inputs, model.metadata, threshold)
+    kinds = {name: (shape, model.dtypes[name]) for name, shape in model.inputs.items()}
+    return _of_arrays(path, model.run, kinds, model.metadata, threshold)
 
 
 def _load_package(path: Path, device: Any, threshold: float) -> Detector:
@@ -236,15 +247,14 @@ def _load_package(path: Path, device: Any, threshold: float) -> Detector:
     from detpost.export.package import open_package, read_package_metadata
 
     metadata = read_package_metadata(path)
-    _check_whole(path, metadata, metadata["inputs"])
+    if "images" not in metadata["inputs"]:
+        raise ValueError(f"{path} is not a whole detector: its inputs are {', '.join(metadata['inputs'])}")
     opened = open_package(path, device)
 
     def run(images: Tensor, image_sizes: Tensor, pixel_mask: Tensor | None) -> Detections:
         return Detections(**opened.run(images, image_sizes))
 
-    return Detector(
-        run, _fixed_prepare(metadata, path), _names_of(metadata), opened.device, threshold, spec=_spec_of(metadata)
-    )
+    return _of_file(path, run, metadata, opened.device, threshold)
 
 
 _FILES: dict[str, Callable[[Path, Any, float], Detector]] = {
@@ -257,61 +267,53 @@ _FILES: dict[str, Callable[[Path, Any, float], Detector]] = {
 def _of_arrays(
     path: Path,
     run_feed: Callable[[dict[str, Any]], dict[str, Any]],
-    inputs: dict[str, Any],
+    kinds: Mapping[str, InputKind],
     metadata: dict[str, Any],
     threshold: float,
 ) -> Detector:
     """Make a detector of a runtime that takes and gives NumPy arrays by name, on the CPU."""
-    _check_whole(path, metadata, inputs)
-    dtype = torch.uint8 if metadata["preprocess_inside"] else torch.float32
+    from detpost.export.feed import Feed
+
+    feed = Feed.of(path, metadata, kinds)
 
     def run(images: Tensor, image_sizes: Tensor, pixel_mask: Tensor | None) -> Detections:
-        found = run_feed({"images": images.to(dtype).numpy(), "image_sizes": image_sizes.numpy()})
+        found = run_feed(feed(images, image_sizes))
         scores, labels, boxes, valid = (
             torch.from_numpy(found[name]) for name in ("scores", "labels", "boxes", "valid")
         )
         # The query of a detection is no output of every file; predict does not give it.
         return Detections(scores, labels, boxes, torch.full_like(labels, -1), valid)
 
-    batch = inputs["images"][0]
+    return _of_file(path, run, metadata, torch.device("cpu"), threshold, feed.batch)
+
+
+def _of_file(
+    path: Path, run: Run, metadata: dict[str, Any], device: torch.device, threshold: float, batch: int | None = None
+) -> Detector:
+    """Make a detector of what runs a file and what the file says of itself."""
+    from detpost.export.feed import recorded_preprocessing
+
+    preprocessing = recorded_preprocessing(metadata)
+    if preprocessing is None:
+        raise ValueError(
+            f"{path} does not say how images become its input: write it again with `detpost export` or `attach`"
+        )
+    inside = metadata.get("preprocess_inside", False)
+
+    def prepare_as(other: Preprocessing) -> Prepare:
+        same_size = replace(other, height=preprocessing.height, width=preprocessing.width)
+        # A graph that scales and normalises leaves the resize alone to do here.
+        fixed = Preprocessing(same_size.height, same_size.width, scale=1.0) if inside else same_size
+        return lambda images: (*fixed(images), None)
+
     return Detector(
         run,
-        _fixed_prepare(metadata, path),
-        _names_of(metadata),
-        torch.device("cpu"),
+        prepare_as(preprocessing),
+        {int(label): name for label, name in metadata["class_names"].items()},
+        device,
         threshold,
-        batch if isinstance(batch, int) else None,
-        _spec_of(metadata),
+        batch,
+        DecodeSpec(**metadata["spec"]) if "spec" in metadata else None,
+        preprocessing,
+        prepare_as if metadata.get("preprocessing_assumed", False) else None,
     )
-
-
-def _check_whole(path: Path, metadata: dict[str, Any], inputs: Iterable[str]) -> None:
-    if metadata["io"] != "detpost" or "images" not in inputs:
-        raise ValueError(f"{path} is not a whole detector with detpost's own names: its inputs are {', '.join(inputs)}")
-
-
-def _names_of(metadata: dict[str, Any]) -> dict[int, str]:
-    return {int(label): name for label, name in metadata["class_names"].items()}
-
-
-def _spec_of(metadata: dict[str, Any]) -> DecodeSpec | None:
-    return DecodeSpec(**metadata["spec"]) if "spec" in metadata else None
-
-
-def _fixed_prepare(metadata: dict[str, Any], path: Path) -> Prepare:
-    preprocessing = _preprocessing_of(metadata, path)
-
-    def prepare(images: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
-        return *preprocessing(images), None
-
-    return prepare
-
-
-def _preprocessing_of(metadata: dict[str, Any], path: Path) -> Preprocessing:
-    if "preprocessing" not in metadata:
-        raise ValueError(f"{path} does not say how images become its input: export it with detpost.export.to_onnx")
-    recorded = metadata["preprocessing"]
-    height, width = recorded["height"], recorded["width"]
-    if metadata["preprocess_inside"]:  # the graph scales and normalises; what is left to do here is the resize
-        return Preprocessing(height, width, scale=1.0)
-    return Preprocessing(height, width, recorded["scale"], tuple(recorded["mean"]), tuple(recorded["std"]))

@@ -286,22 +286,28 @@ def attach(
     keep_raw: Annotated[bool, typer.Option(help="Keep the raw outputs as pred_logits and pred_boxes.")] = False,
     top_k: Annotated[int | None, typer.Option(help="Most detections per image.")] = None,
     score_threshold: Annotated[float | None, typer.Option(help="Detections at or below it are not valid.")] = None,
+    size: Annotated[str | None, typer.Option(help="Network input as HEIGHTxWIDTH, where the source leaves it.")] = None,
+    mean: Annotated[str | None, typer.Option(help="Subtracted from pixels of 0..1, as 0.485,0.456,0.406.")] = None,
+    std: Annotated[str | None, typer.Option(help="Divides them then, as 0.229,0.224,0.225.")] = None,
 ) -> None:
     """Put post-processing behind an ONNX detector that someone else exported."""
     from detpost.export import attach as attach_file
 
-    spec = _spec(preset, _given(top_k=top_k, score_threshold=score_threshold))
+    preprocessing = _preprocessing(_size(size), mean, std)
     with steps() as say:
         written = attach_file(
             src,
             out,
-            spec,
+            _spec(preset, _given(top_k=top_k, score_threshold=score_threshold)),
             logits=logits,
             boxes=boxes,
             io=cast(Any, io),
             ties=cast(Any, ties),
             queries=queries,
             keep_raw=keep_raw,
+            preset=preset,
+            image_size=_size(size),
+            preprocessing=preprocessing,
             progress=say,
         )
     _print_written(written)
@@ -457,6 +463,25 @@ def _spec_for(model: str, preset: str | None, overrides: dict[str, Any]) -> Deco
     return replace(load_detector(model).spec, **overrides)
 
 
+def _preprocessing(size: tuple[int, int] | None, mean: str | None, std: str | None) -> Any:
+    """Give the preprocessing that --mean and --std say, ``None`` where neither is given."""
+    if mean is None and std is None:
+        return None
+    from detpost.images import Preprocessing
+
+    return Preprocessing(
+        *(size or (640, 640)), mean=_three("--mean", mean or "0,0,0"), std=_three("--std", std or "1,1,1")
+    )
+
+
+def _three(option: str, text: str) -> tuple[float, float, float]:
+    try:
+        red, green, blue = (float(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"{option} must be three numbers with commas between them; got {text!r}") from None
+    return red, green, blue
+
+
 def _size(text: str | None) -> tuple[int, int] | None:
     if text is None:
         return None
@@ -481,7 +506,7 @@ def _print_package(written: Any) -> None:
 
 def _print_written(written: Any) -> None:
     for note in written.notes:
-        console.print(f"- {note}", highlight=False, markup=False)
+        console.print(f"- {note}", highlight=False, markup=False, soft_wrap=True)
     names = f"inputs {', '.join(written.inputs)}; outputs {', '.join(written.outputs)}"
     opset = f"opset {written.opset}, " if hasattr(written, "opset") else ""
     console.print(f"{written.path}: {opset}{names}", highlight=False, soft_wrap=True)

@@ -16,7 +16,7 @@ from detpost.spec import DecodeSpec, name_of_preset
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["OnnxExport", "describe", "finish", "read_metadata"]
+__all__ = ["OnnxExport", "describe", "finish", "read_metadata", "recorded_metadata"]
 
 _PREFIX = "detpost."
 
@@ -110,7 +110,18 @@ def read_metadata(properties: Mapping[str, str], path: Path) -> dict[str, Any]:
     Raises:
         ValueError: a file that detpost did not write.
     """
-    found = {key[len(_PREFIX) :]: value for key, value in properties.items() if key.startswith(_PREFIX)}
+    found = recorded_metadata(properties)
     if "spec" not in found:
-        raise ValueError(f"{path} was not written by detpost: put post-processing behind it with `detpost attach`")
-    return {key: json.loads(value) for key, value in found.items()}
+        raise ValueError(
+            f"{path} was not written by detpost: put post-processing behind it with `detpost attach {path} -o OUT`"
+        )
+    return found
+
+
+def recorded_metadata(properties: Mapping[str, str]) -> dict[str, Any]:
+    """Give detpost's own metadata among a file's, empty where detpost did not write it or it cannot be read."""
+    found = {key[len(_PREFIX) :]: value for key, value in properties.items() if key.startswith(_PREFIX)}
+    try:
+        return {key: json.loads(value) for key, value in found.items()}
+    except (ValueError, RecursionError):
+        return {}

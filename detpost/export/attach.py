@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from detpost.export.artifact import OnnxExport, describe, finish
+from detpost.export.artifact import OnnxExport, describe, finish, recorded_metadata
+from detpost.export.beside import class_names_of
 from detpost.export.decode_graph import (
     OLDEST_OPSET,
     IoNames,
@@ -19,9 +20,11 @@ from detpost.export.decode_graph import (
     io_inputs,
     io_outputs,
 )
+from detpost.export.feed import preprocessing_said, record_feed
 from detpost.export.source import first_line
 from detpost.export.weights import inner_graphs, read_onnx
-from detpost.spec import DecodeSpec
+from detpost.images import Preprocessing
+from detpost.spec import DecodeSpec, name_of_preset
 
 if TYPE_CHECKING:
     import onnx
@@ -44,6 +47,9 @@ def attach(
     ties: Ties = "exact",
     queries: bool = False,
     keep_raw: bool = False,
+    preset: str | None = None,
+    image_size: tuple[int, int] | None = None,
+    preprocessing: Preprocessing | None = None,
     class_names: Mapping[int, str] | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> OnnxExport:
@@ -56,14 +62,20 @@ def attach(
     Args:
         src: the detector, with its external data if it has any.
         dst: where to write; may be ``src``. The file appears whole or not at all.
-        spec: how the outputs are decoded; ``None`` is the ``rtdetr`` preset.
+        spec: how the outputs are decoded; ``None`` is the preset.
         logits: name of the logits output (B, Q, C), before any activation; ``None`` finds it by its shape.
         boxes: name of the boxes output (B, Q, 4); ``None`` finds it by its shape.
         io: names and order of inputs and outputs, as in :func:`to_onnx`.
         ties: as in :func:`to_onnx`.
         queries: whether ``queries`` is an output too.
         keep_raw: whether the raw outputs stay, as ``pred_logits`` and ``pred_boxes``.
-        class_names: the name of each label, recorded in the file.
+        preset: the detector's family; ``None`` takes the first whose spec this is, or ``"rtdetr"``.
+        image_size: (height, width) of the network input where the source leaves it free; ``None`` is 640 x 640.
+        preprocessing: how images become the source's input, recorded for ``Detector.load`` and ``verify``; ``None``
+            takes what the source or a ``preprocessor_config.json`` beside it says, else assumes what the preset's
+            detectors were trained on, and says so in the notes.
+        class_names: the name of each label, recorded in the file; ``None`` takes what the source or a
+            ``config.json`` beside it says.
         progress: called with one line before each long step.
 
     Returns:
@@ -93,7 +105,8 @@ def attach(
     say = progress or (lambda _: None)
     say("reading the source")
     source = read_onnx(Path(src))
-    spec = spec or DecodeSpec.preset("rtdetr")
+    spec = spec or DecodeSpec.preset(preset or "rtdetr")
+    preset = preset or name_of_preset(spec) or "rtdetr"
     say("attaching the post-processing")
     model, notes = attach_graph(
         source.model,
@@ -106,9 +119,14 @@ def attach(
         keep_raw=keep_raw,
         folder=source.folder,
     )
-    metadata = {**describe(spec, class_names, io, ties, keep_raw), "exporter": "attach"}
+    properties = {entry.key: entry.value for entry in source.model.metadata_props}
+    before = recorded_metadata(properties)
+    names = class_names or before.get("class_names") or class_names_of(Path(src), properties)
+    said = (preprocessing, "the caller") if preprocessing else preprocessing_said(Path(src), before)
+    feed, images = record_feed(list(model.graph.input), said, preset, image_size)
+    metadata = {**describe(spec, names, io, ties, keep_raw), **feed, "exporter": "attach"}
     say("checking and writing the file")
-    return finish(model, Path(dst), metadata, exporter="none", notes=notes, folder=source.folder)
+    return finish(model, Path(dst), metadata, exporter="none", notes=(*notes, *images), folder=source.folder)
 
 
 def attach_graph(

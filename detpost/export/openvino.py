@@ -197,6 +197,11 @@ class OpenVinoModel:
             for value in self.compiled.inputs
         }
 
+    @property
+    def dtypes(self) -> dict[str, Any]:
+        """Name and NumPy dtype of each input."""
+        return {value.get_any_name(): value.get_element_type().to_dtype() for value in self.compiled.inputs}
+
     def run(self, feed: Mapping[str, Any]) -> dict[str, Any]:
         """Run the model.
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["onnx_example_inputs", "onnx_session"]
+__all__ = ["onnx_example_inputs", "onnx_inputs", "onnx_session"]
 
 _DTYPES = {
     "tensor(float)": np.float32,
@@ -57,6 +57,14 @@ def onnx_session(
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(f"ONNX Runtime does not take the model: {reason}") from error
+
+
+def onnx_inputs(session: Any) -> dict[str, tuple[tuple[int | None, ...], Any]]:
+    """Give the shape, ``None`` where a dimension is free, and the NumPy dtype of each input."""
+    return {
+        value.name: (tuple(size if isinstance(size, int) else None for size in value.shape), _DTYPES[value.type])
+        for value in session.get_inputs()
+    }
 
 
 def onnx_example_inputs(session: Any, batch: int = 1, side: int = 640) -> dict[str, Any]:

@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from detpost.detections import Detections
+from detpost.images import Preprocessing
 from detpost.postprocess import DetectionPostProcessor
 from detpost.spec import DecodeSpec, presets
+
+if TYPE_CHECKING:
+    from detpost.detector import Detector, Prepare
 
 __all__ = ["Artifact", "Found", "open_artifact"]
 
@@ -37,17 +41,21 @@ class Artifact:
         name: for the report.
         kind: which of the two faces it has.
         decode: of a post-processor: logits, boxes, image sizes to detections.
-        detect: of a detector: uint8 images to what it found.
+        detect: of a detector: uint8 images to what it found, prepared as it says itself or as it is told.
         shape: (Q, C) where it is fixed.
         batch: the batch size where it is fixed.
+        preprocessing: of a detector, how images become its input, where that is known.
+        prepare_as: where that is an assumption, makes what ``detect`` takes of another preprocessing.
     """
 
     name: str
     kind: Literal["post-processor", "detector"]
     decode: Decode | None = None
-    detect: Callable[[Sequence[Tensor]], Found] | None = None
+    detect: Callable[[Sequence[Tensor], Prepare | None], Found] | None = None
     shape: tuple[int, int] | None = None
     batch: int | None = None
+    preprocessing: Preprocessing | None = None
+    prepare_as: Callable[[Preprocessing], Prepare] | None = None
 
 
 def open_artifact(source: Any) -> Artifact:
@@ -76,21 +84,39 @@ def _open_detector(source: Any) -> Artifact:
 
     detector = source if isinstance(source, Detector) else Detector.load(source, device="cpu", threshold=0.0)
 
-    def detect(images: Sequence[Tensor]) -> Found:
-        batch, sizes, mask = detector.prepare(images)
+    def detect(images: Sequence[Tensor], prepare: Prepare | None = None) -> Found:
+        batch, sizes, mask = (prepare or detector.prepare)(_filled(images, detector.batch))
         with torch.no_grad():
-            return Found(detector.run(batch, sizes, mask))
+            found = detector.run(batch, sizes, mask)
+        return Found(Detections(*(part[: len(images)] for part in found)))
 
-    return Artifact(str(source), "detector", detect=detect, batch=detector.batch)
+    return _artifact_of(detector, str(source), detect)
+
+
+def _artifact_of(detector: Detector, name: str, detect: Callable[..., Found]) -> Artifact:
+    return Artifact(
+        name,
+        "detector",
+        detect=detect,
+        batch=detector.batch,
+        preprocessing=detector.preprocessing,
+        prepare_as=detector.prepare_as,
+    )
+
+
+def _filled(images: Sequence[Tensor], batch: int | None) -> Sequence[Tensor]:
+    """Repeat the last image where a detector is fixed to a larger batch."""
+    return [*images, *[images[-1]] * ((batch or len(images)) - len(images))]
 
 
 def _open_onnx(path: Path) -> Artifact:
     from detpost.export.artifact import read_metadata
-    from detpost.export.runtime import onnx_session
+    from detpost.export.feed import Feed
+    from detpost.export.runtime import onnx_inputs, onnx_session
 
     session = onnx_session(path)
     metadata = read_metadata(session.get_modelmeta().custom_metadata_map, path)
-    inputs = {value.name: value for value in session.get_inputs()}
+    kinds = onnx_inputs(session)
     outputs = [value.name for value in session.get_outputs()]
     if metadata["io"] != "detpost":
         raise ValueError(f"{path} has the names of {metadata['io']} runners: verify an export with io='detpost'")
@@ -101,31 +127,31 @@ def _open_onnx(path: Path) -> Artifact:
         found = Detections(values["scores"], values["labels"], values["boxes"], queries, values["valid"])
         return found, values
 
-    if "pred_logits" in inputs:
-        shape = inputs["pred_logits"].shape
+    if "pred_logits" in kinds:
+        shape = kinds["pred_logits"][0]
+        fixed = None if shape[1] is None or shape[2] is None else (shape[1], shape[2])
 
         def decode(logits: Tensor, boxes: Tensor, image_sizes: Tensor) -> Detections:
             feed = {"pred_logits": logits.numpy(), "pred_boxes": boxes.numpy(), "image_sizes": image_sizes.numpy()}
             return run(feed)[0]
 
-        return Artifact(str(path), "post-processor", decode=decode, shape=(shape[1], shape[2]), batch=_fixed(shape[0]))
+        return Artifact(str(path), "post-processor", decode=decode, shape=fixed, batch=shape[0])
     from detpost.detector import Detector
 
     detector = Detector.load(path, threshold=0.0)
+    feed = Feed.of(path, metadata, kinds)
     spec = DecodeSpec(**metadata["spec"])
-    dtype = torch.uint8 if metadata["preprocess_inside"] else torch.float32
 
-    def detect(images: Sequence[Tensor]) -> Found:
-        size = detector.batch or len(images)
-        batch, sizes, _ = detector.prepare([*images, *[images[-1]] * (size - len(images))])
-        found, values = run({"images": batch.to(dtype).numpy(), "image_sizes": sizes.numpy()})
+    def detect(images: Sequence[Tensor], prepare: Prepare | None = None) -> Found:
+        batch, sizes, _ = (prepare or detector.prepare)(_filled(images, detector.batch))
+        found, values = run(feed(batch, sizes))
         kept = Detections(*(part[: len(images)] for part in found))
         if "pred_logits" not in values:
             return Found(kept)
         logits, boxes = (values[name][: len(images)] for name in ("pred_logits", "pred_boxes"))
         return Found(kept, (logits, boxes, sizes[: len(images)], spec))
 
-    return Artifact(str(path), "detector", detect=detect, batch=detector.batch)
+    return _artifact_of(detector, str(path), detect)
 
 
 def _open_package(path: Path) -> Artifact:
@@ -171,7 +197,3 @@ _FILES: dict[str, Callable[[Path], Artifact]] = {
     ".pt2": _open_package,
     ".xml": _open_openvino,
 }
-
-
-def _fixed(size: Any) -> int | None:
-    return size if isinstance(size, int) else None

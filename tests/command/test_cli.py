@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 from detpost.command.cli import app, main
 from detpost.command.doctor import examine
 from detpost.zoo import sample_images
+from tests.export.foreign import foreign, written
 
 
 def invoke(*arguments):
@@ -56,6 +57,26 @@ def test_export_and_verify_agree_and_a_wrong_reference_does_not(tmp_path):
     same = invoke("verify", post, post, "--json", tmp_path / "report.json")
     assert same.exit_code == 0, same.output
     assert json.loads((tmp_path / "report.json").read_text())["ok"] is True
+
+
+def test_a_strangers_file_is_attached_to_verified_and_detected_with(tmp_path):
+    raw, out, images = written(tmp_path, foreign(), "raw.onnx"), tmp_path / "out.onnx", sample_images()[0].parent
+    refused = invoke("detect", images, "--model", raw, "--out", tmp_path / "found")
+    assert refused.exit_code != 0
+    assert f"`detpost attach {raw} -o OUT`" in str(refused.exception)
+    attached = invoke("attach", raw, "-o", out, "--preset", "rtdetr", "--mean", "0.5,0.5,0.5", "--std", ".2,.2,.2")
+    assert attached.exit_code == 0, attached.output
+    assert "images are 8x8, scaled to 0..1, mean (0.5, 0.5, 0.5), std (0.2, 0.2, 0.2)" in attached.output
+    assert invoke("verify", out, out).exit_code == 0
+    found = invoke("detect", images, "--model", out, "--out", tmp_path / "found", "--threshold", "0.0")
+    assert found.exit_code == 0, found.output
+    assert len(json.loads((tmp_path / "found" / "detections.json").read_text())) > 0
+
+
+@pytest.mark.parametrize("given", ["0.5", "0.5,0.5", "a,b,c", "1,2,3,4"])
+def test_a_mean_that_is_not_three_numbers_is_refused(tmp_path, given):
+    refused = invoke("attach", written(tmp_path, foreign()), "-o", tmp_path / "out.onnx", "--mean", given)
+    assert f"--mean must be three numbers with commas between them; got '{given}'" in str(refused.exception)
 
 
 def test_an_export_that_leaves_ties_to_the_runtime_is_caught(tmp_path):
