@@ -112,6 +112,8 @@ def to_onnx(
     if isinstance(model, DetectionPostProcessor):
         if num_queries is None or num_classes is None:
             raise ValueError("a post-processor alone needs num_queries and num_classes")
+        if num_queries < 1 or num_classes < 1:
+            raise ValueError(f"num_queries and num_classes must be at least 1; got {num_queries} and {num_classes}")
         say("exporting the post-processing")
         graph = decode_graph(
             spec or model.spec,

@@ -267,15 +267,18 @@ def open_package(path: str | Path, device: str | torch.device | None = None) -> 
 
     Raises:
         OSError: no such file.
-        ValueError: a file that detpost did not write, one that holds pickles, or one for another device.
+        ValueError: a file that detpost did not write, a damaged one, one that holds pickles, or one for another device.
     """
     path = Path(path)
     metadata = read_package_metadata(path)
     made_for = torch.device(metadata["device"])
     place = torch.device(device) if device is not None else made_for
     if metadata["kind"] == "export":
-        _refuse_pickles(path)
-        with _quiet_loader():
+        with _damage_in_one_line(path):
+            pickle = _pickle_in(path)
+        if pickle is not None:
+            raise ValueError(f"{path} holds a pickle ({pickle}), which no file of detpost.export.package does")
+        with _quiet_loader(), _damage_in_one_line(path):
             program = torch.export.load(path)
         if place.type != made_for.type:
             from torch.export.passes import move_to_device_pass
@@ -284,7 +287,7 @@ def open_package(path: str | Path, device: str | torch.device | None = None) -> 
         return OpenPackage(program.module(), metadata, place)
     if place.type != made_for.type:
         raise ValueError(f"{path} is compiled for {made_for.type} and cannot run on {place.type}: package it there")
-    with _quiet_loader():
+    with _quiet_loader(), _damage_in_one_line(path):
         run = torch._inductor.aoti_load_package(str(path), device_index=-1 if place.index is None else place.index)
     return OpenPackage(run, metadata, place)
 
@@ -305,29 +308,38 @@ def read_package_metadata(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}")
-    found = next(_metadata_texts(path), None)
-    if found is None:
+    if not zipfile.is_zipfile(path):
+        found = None
+    else:
+        with _damage_in_one_line(path):
+            found = next(map(json.loads, _metadata_texts(path)), None)
+    if not isinstance(found, dict):
         raise ValueError(f"{path} was not written by detpost: package the model with detpost.export.package")
-    read: dict[str, Any] = json.loads(found)
-    return read
+    return found
 
 
 def _metadata_texts(path: Path) -> Iterator[str]:
+    with zipfile.ZipFile(path) as archive:
+        for name in archive.namelist():
+            if name.endswith(f"/extra/{_METADATA}.json"):
+                yield archive.read(name).decode()
+            elif "/aotinductor/" in name and name.endswith("_metadata.json"):
+                said = json.loads(archive.read(name))
+                if _METADATA in said:
+                    yield said[_METADATA]
+
+
+@contextmanager
+def _damage_in_one_line(path: Path) -> Iterator[None]:
+    """Say in one line that a file is damaged: zip, JSON and PyTorch's loaders each raise errors of their own kinds."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            for name in archive.namelist():
-                if name.endswith(f"/extra/{_METADATA}.json"):
-                    yield archive.read(name).decode()
-                elif "/aotinductor/" in name and name.endswith("_metadata.json"):
-                    said = json.loads(archive.read(name))
-                    if _METADATA in said:
-                        yield said[_METADATA]
-    except zipfile.BadZipFile:
-        return
+        yield
+    except Exception as error:
+        raise ValueError(f"{path} is damaged, or of another version of PyTorch: {first_line(error)}") from error
 
 
-def _refuse_pickles(path: Path) -> None:
-    """Make sure that ``torch.export.load`` finds nothing to unpickle but tensors.
+def _pickle_in(path: Path) -> str | None:
+    """Name what ``torch.export.load`` would unpickle that is no tensor; ``None`` where there is nothing.
 
     It unpickles weights and constants of unusual types, and whatever the restricted unpickler does not take among the
     example inputs. None of these is in a file that :func:`package` wrote.
@@ -342,7 +354,8 @@ def _refuse_pickles(path: Path) -> None:
             else:
                 plain = not name.endswith((".pkl", ".pickle"))
             if not plain:
-                raise ValueError(f"{path} holds a pickle ({name}), which no file of detpost.export.package does")
+                return name
+    return None
 
 
 def _is_tensors_alone(pickled: bytes) -> bool:

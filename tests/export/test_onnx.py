@@ -212,6 +212,11 @@ def test_a_decode_alone_at_every_opset(tmp_path, opset, preset):
     [
         ((Plain(),), {"image_size": (24, 24)}, "a plain module needs a spec"),
         ((DetectionPostProcessor(DecodeSpec()),), {}, "needs num_queries and num_classes"),
+        (
+            (DetectionPostProcessor(DecodeSpec()),),
+            {"num_queries": -3, "num_classes": 5},
+            "must be at least 1; got -3 and 5",
+        ),
         ((Plain(), DecodeSpec()), {"io": "tensorrt"}, "io must be one of detpost, rtdetr, efficientnms"),
         ((Plain(), DecodeSpec()), {"ties": "random"}, "ties must be one of exact, runtime"),
         ((Plain(), DecodeSpec()), {"opset": 9}, "opset must be 11 or later"),

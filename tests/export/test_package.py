@@ -213,6 +213,25 @@ class TestRefusals:
         with pytest.raises(FileNotFoundError, match="no file"):
             Detector.load(tmp_path / "none.pt2")
 
+    @pytest.mark.parametrize("part", ["models/", "/sample_inputs/", "detpost.json", "_weights_config.json"])
+    def test_a_damaged_file(self, files, tmp_path, part):
+        def change(name, content):
+            return b"{" * 40 if part in name else content
+
+        broken = rewrite(files("export"), tmp_path / "broken.pt2", change)
+        with pytest.raises(ValueError, match=r"damaged|holds a pickle|not written by") as error:
+            open_package(broken)
+        one_line(error)
+        # A byte that is not the one the archive's checksum was made of.
+        content = bytearray(files("export").read_bytes())
+        with zipfile.ZipFile(files("export")) as archive:
+            place = next(entry.header_offset for entry in archive.infolist() if part in entry.filename)
+        content[place + 200] ^= 255
+        broken.write_bytes(content)
+        with pytest.raises(ValueError, match=r"damaged|holds a pickle|not written by") as error:
+            open_package(broken)
+        one_line(error)
+
     @pytest.mark.parametrize("place", ["inputs", "weights"])
     def test_a_file_with_a_pickle_is_refused_before_it_is_unpickled(self, files, tmp_path, place):
         marker = tmp_path / "ran"
