@@ -25,9 +25,11 @@ from torch import Tensor
 
 from detpost.detections import Detections
 from detpost.kernels.cpu import native, numpy_decode
+from detpost.kernels.cpu import nms as native_nms
+from detpost.reference import nms as reference_nms
 from detpost.spec import DecodeSpec
 
-__all__ = ["KERNELS", "decode", "for_losses", "is_exporting", "kind_for", "select"]
+__all__ = ["KERNELS", "decode", "for_losses", "is_exporting", "kind_for", "nms", "select", "suppress"]
 
 KERNELS = ("native", "numpy", "triton", "aten")
 _VARIABLE = "DETPOST_KERNEL"
@@ -193,3 +195,59 @@ def for_losses(values: Tensor) -> str:
         return "aten"
     kind = _kind_of(values.device)
     return kind if kind in ("native", "triton") else "aten"
+
+
+def nms(
+    boxes: Tensor,
+    scores: Tensor | None,
+    labels: Tensor | None,
+    valid: Tensor | None,
+    threshold: float,
+    smaller: bool = False,
+) -> Tensor:
+    """Say which boxes greedy suppression keeps.
+
+    Args:
+        boxes: (B, N, 4), floating, xyxy, checked.
+        scores: (B, N), floating, or ``None``: the boxes come best first.
+        labels: (B, N), integer, or ``None``: one class.
+        valid: (B, N), bool, or ``None``: all are.
+        threshold: in [0, 1].
+        smaller: whether an overlap is a part of the smaller box, and not of the union.
+
+    Returns:
+        (B, N), bool.
+    """
+    if _is_native(boxes):
+        observed = _is_observed(boxes, scores, labels) or type(valid) not in (Tensor, type(None))
+        run = native_nms.keep_as_operator if observed else native_nms.keep
+        return run(boxes, scores, labels, valid, threshold, smaller)
+    if scores is not None:
+        return reference_nms.keep(boxes, scores, labels, valid, threshold, smaller)
+    everything = torch.ones_like(boxes[..., 0], dtype=torch.bool) if valid is None else valid
+    return reference_nms.keep_ranked(boxes.detach(), labels, everything, threshold, smaller)
+
+
+def suppress(detections: Detections, threshold: float, by_class: bool, compact: bool) -> Detections:
+    """Clear the slots of detections that greedy suppression drops.
+
+    Args:
+        detections: best first.
+        threshold: in [0, 1].
+        by_class: whether detections of different labels leave each other alone.
+        compact: whether what is kept moves to the front.
+
+    Returns:
+        The detections.
+    """
+    scores, labels, boxes, queries, valid = detections
+    plain = not _is_observed(boxes, scores, labels) and type(queries) is type(valid) is Tensor
+    if plain and native_nms.takes_detections(detections) and _is_native(boxes):
+        return native_nms.suppress(detections, threshold, by_class, compact)
+    kept = nms(boxes, None, labels if by_class else None, valid, threshold)
+    return reference_nms.suppress(detections, kept, compact)
+
+
+def _is_native(values: Tensor) -> bool:
+    """Whether the C++ kernels serve a tensor here."""
+    return not _writes_a_graph() and not _is_transformed() and _kind_of(values.device) == "native"

@@ -2,9 +2,8 @@
 //
 // A plain C interface, reached through ctypes (native.py): no Python or PyTorch headers, so one build serves every
 // version of both. The kernels are compiled three times on x86-64, for the baseline, for AVX2 with FMA and for AVX-512, and
-// the processor that runs them decides; elsewhere once, for the architecture's baseline (NEON on arm64). To that end this
-// file includes itself and, with itself, the headers of the losses. Inside the kernels no template of the standard library
-// is used: its instantiations are shared between the three, and the linker might keep one that the processor cannot run.
+// the processor that runs them decides; elsewhere once, for the architecture's baseline (NEON on arm64). To that end
+// levels.h includes this file and, with it, the headers of the losses. The pool of threads stands here for all of them.
 
 #ifndef DETPOST_KERNELS
 
@@ -23,10 +22,9 @@
 #include <unistd.h>
 #endif
 
-#if defined(__x86_64__) && defined(__GNUC__)
-#define DETPOST_HAS_V3 1
-#include <immintrin.h>
-#endif
+#include "common.h"
+
+using namespace detpost;
 
 namespace {
 
@@ -36,45 +34,7 @@ enum DType : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 enum SizeType : int { kNoSizes = 0, kSizesFloat32 = 1, kSizesInt32 = 2, kSizesInt64 = 3 };
 enum BoxFormat : int { kCxcywh = 0, kXyxy = 1, kXywh = 2 };
 
-// Memory that a thread keeps between calls, in slots so that its parts never move each other.
-class Scratch {
- public:
-  template <typename T>
-  T* take(int slot, size_t count) {
-    const size_t bytes = count * sizeof(T) + 64;
-    if (size_[slot] < bytes) {
-      std::free(memory_[slot]);
-      memory_[slot] = std::malloc(bytes);
-      size_[slot] = memory_[slot] ? bytes : 0;
-      if (!memory_[slot]) std::abort();  // nothing sensible is left to do, as with any allocation of this size
-    }
-    return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(memory_[slot]) + 63) & ~uintptr_t(63));
-  }
-  // Gives back what is beyond `bytes`: a large volume must not stay allocated after its loss is computed.
-  void trim(size_t bytes) {
-    for (int slot = 0; slot < kSlots; ++slot) {
-      if (size_[slot] <= bytes) continue;
-      std::free(memory_[slot]);
-      memory_[slot] = nullptr;
-      size_[slot] = 0;
-    }
-  }
-  ~Scratch() { trim(0); }
-
- private:
-  static constexpr int kSlots = 8;
-  void* memory_[kSlots] = {};
-  size_t size_[kSlots] = {};
-};
-
 thread_local Scratch scratch;
-
-// A job: `run(data, index)` for every index below `count`.
-struct Job {
-  void (*run)(const void* data, int64_t index);
-  const void* data;
-  int64_t count;
-};
 
 // Threads that wait for work, made once per process. One job at a time: a caller that finds the pool busy (another
 // Python thread is inside) does its work alone instead of waiting.
@@ -177,8 +137,10 @@ void run_shared(void* data) {
   for (int64_t i; (i = shared.next.fetch_add(1, std::memory_order_relaxed)) < job.count;) job.run(job.data, i);
 }
 
-void parallel(const Job& job, int threads) {
-  const int available = static_cast<int>(std::thread::hardware_concurrency());
+}  // namespace
+
+void detpost::parallel(const Job& job, int threads) {
+  static const int available = static_cast<int>(std::thread::hardware_concurrency());  // asking reads a file of the system
   int64_t helpers = threads < available ? threads : available;
   helpers = (helpers < job.count ? helpers : job.count) - 1;
   if (helpers > kMostThreads - 1) helpers = kMostThreads - 1;
@@ -191,6 +153,8 @@ void parallel(const Job& job, int threads) {
   if (helpers > 0 && pool().try_run(job, static_cast<int>(helpers))) return;
   for (int64_t i = 0; i < job.count; ++i) job.run(job.data, i);
 }
+
+namespace {
 
 struct SelectArguments {
   const void* scores;  // (batch, width), contiguous
@@ -287,57 +251,11 @@ struct LinesPerTask {
 
 }  // namespace
 
-#define DETPOST_KERNELS
-#define DETPOST_FMA 0
-#define DETPOST_REGISTER 16  // bytes
-namespace baseline {
-#include "native.cpp"
-}
-#undef DETPOST_FMA
-#undef DETPOST_REGISTER
-
-#if defined(DETPOST_HAS_V3)
-#define DETPOST_FMA 1
-#define DETPOST_REGISTER 32
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c")
-#endif
-namespace v3 {
-#include "native.cpp"
-}
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
-#undef DETPOST_REGISTER
-
-#define DETPOST_REGISTER 64
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl"))), \
-                             apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
-#endif
-namespace v4 {
-#include "native.cpp"
-}
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
-#undef DETPOST_REGISTER
-#undef DETPOST_FMA
-#endif
+#define DETPOST_FAMILY "native.cpp"
+#include "levels.h"
 
 namespace {
 
-// The widest instructions that this processor has and DETPOST_NATIVE allows: 0 baseline, 2 AVX2, 3 AVX-512.
 int find_level() {
 #if defined(DETPOST_HAS_V3)
   const char* asked = std::getenv("DETPOST_NATIVE");
@@ -351,34 +269,12 @@ int find_level() {
 #endif
 }
 
-int level() {
+}  // namespace
+
+int detpost::level() {
   static const int found = find_level();
   return found;
 }
-
-template <typename T>
-T* at_level(T* baseline, T* avx2, T* avx512) {
-  return level() == 3 ? avx512 : level() == 2 ? avx2 : baseline;
-}
-
-template <typename T>
-void start(void (*run)(const void*, int64_t), const T& arguments, int64_t count, int threads) {
-  parallel(Job{run, &arguments, count}, threads);
-}
-
-}  // namespace
-
-#if defined(DETPOST_HAS_V3)
-#define DETPOST_BEST(name) at_level(baseline::name, v3::name, v4::name)
-#else
-#define DETPOST_BEST(name) baseline::name
-#endif
-
-#if defined(_WIN32)
-#define DETPOST_EXPORT extern "C" __declspec(dllexport)
-#else
-#define DETPOST_EXPORT extern "C" __attribute__((visibility("default")))
-#endif
 
 DETPOST_EXPORT void detpost_scale(const float* values, const float* factors, int64_t fields, int64_t elements,
                                   float* out, int threads) {
@@ -399,7 +295,7 @@ DETPOST_EXPORT void detpost_share_threads(void* parallel_function) {
 }
 
 // Raised with every change of a signature below: native.py refuses another number.
-DETPOST_EXPORT int detpost_interface() { return 3; }
+DETPOST_EXPORT int detpost_interface() { return 4; }
 
 DETPOST_EXPORT int detpost_level() { return level(); }
 

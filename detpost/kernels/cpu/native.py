@@ -26,6 +26,7 @@ __all__ = [
     "boundary_distance",
     "decode",
     "erosion",
+    "function",
     "id_range",
     "instructions",
     "missing",
@@ -35,7 +36,7 @@ __all__ = [
     "weighted_error",
 ]
 
-_INTERFACE = 3
+_INTERFACE = 4
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _SIZE_TYPES = {torch.float32: 1, torch.int32: 2, torch.int64: 3}
 _BOX_FORMATS = {"cxcywh": 0, "xyxy": 1, "xywh": 2}
@@ -54,6 +55,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "detpost_distance": (
         *(c_void_p, c_int64, c_int64, c_int64, c_int64, c_float, c_float, c_float, c_int, c_float, c_void_p, c_int),
     ),
+    "detpost_nms": (c_char_p,),
     "detpost_weighted_error": (
         *(c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int64),
         *(c_double, c_double, c_float, c_int, c_void_p, c_int),
@@ -67,7 +69,8 @@ def _library() -> ctypes.CDLL | str:
     suffixes = reversed(importlib.machinery.EXTENSION_SUFFIXES)  # the one without an interpreter's tag first
     found = [path for suffix in suffixes if (path := Path(__file__).with_name(f"_native{suffix}")).exists()]
     if not found:
-        return "not built: reinstall detpost where there is a C++ compiler (a checkout: python setup.py build_ext --inplace)"
+        again = "reinstall detpost where there is a C++ compiler (a checkout: python setup.py build_ext --inplace)"
+        return f"not built: {again}"
     try:
         library = ctypes.CDLL(str(found[0]))
         interface = int(library.detpost_interface())
@@ -126,6 +129,11 @@ def _function(name: str) -> Any:
     if isinstance(library, str):
         raise RuntimeError(f"detpost's C++ kernels are {library}")
     return getattr(library, name)
+
+
+def function(name: str) -> Any:
+    """Give a function of the library by its name in C, for the modules of its other families."""
+    return _function(name)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
