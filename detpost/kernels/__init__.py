@@ -27,6 +27,7 @@ from detpost.detections import Detections
 from detpost.kernels.cpu import native, numpy_decode
 from detpost.kernels.cpu import nms as native_nms
 from detpost.reference import nms as reference_nms
+from detpost.reference.derivatives import wants_derivative
 from detpost.spec import DecodeSpec
 
 __all__ = ["KERNELS", "decode", "for_losses", "is_exporting", "kind_for", "nms", "select", "suppress"]
@@ -168,9 +169,7 @@ def decode(logits: Tensor, boxes: Tensor, image_sizes: Tensor | None, spec: Deco
     """
     if logits.dtype == torch.float64 or boxes.dtype == torch.float64:
         return None
-    if torch.is_grad_enabled() and (logits.requires_grad or boxes.requires_grad):
-        return None
-    if _writes_a_graph() or _is_transformed():
+    if wants_derivative(logits, boxes, image_sizes) or _writes_a_graph():
         return None
     kind = _kind_of(logits.device)
     if kind == "native":

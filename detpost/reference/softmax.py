@@ -29,6 +29,8 @@ float32 in whatever order. ``n = max(1, floor(46 / w))`` of them cut off less th
 Scores stand within 1.5e-7 of the exact softmax, for any number of classes (an integer of 22 bits for each class would
 be 2.9e-5 off at 256 classes and 1.3e-4 at 1,204, where most of them stand 15 logits below the greatest).
 
+float64 logits are for checking derivatives: they are ordered by these scores, and score what softmax gives in float64.
+
 Limits: a NaN makes every score of its query NaN. A greatest logit of +inf has a gap of 0, and any other one below it
 the greatest gap: +inf entries share the probability. Entries of -inf score 0, also where all of a query's are -inf
 (there the greatest counts as 0).
@@ -117,7 +119,7 @@ def weights(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 def _total(shares: Tensor) -> Tensor:
     """Sum over the classes, (..., C) -> (..., 1), to the same bits in any order."""
-    bits, count = limbs(shares.shape[-1])
+    bits, count = limbs(int(shares.shape[-1]))  # a number while tracing, too
     sums, rest = [], shares
     for _ in range(count):
         scaled = rest * 2.0**bits
@@ -131,7 +133,7 @@ def _total(shares: Tensor) -> Tensor:
 
 
 def with_slope(values: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
-    """Give scores the derivatives of softmax, forwards and backwards, without changing a bit of them.
+    """Give scores the derivatives of softmax, forwards and backwards.
 
     Args:
         values: (..., K), scores of classes ``labels`` of the queries.
@@ -139,14 +141,16 @@ def with_slope(values: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
         labels: (..., K), int64.
 
     Returns:
-        (..., K), float32, or float64 where the logits are. Where the greatest logit is infinite, or one is NaN, the
-        derivative is 0.
+        (..., K): the values themselves, float32; of float64 logits the softmax in float64, within 1.5e-7 of them. Where
+        the greatest logit is infinite, or one is NaN, the derivative is 0.
     """
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     peak = wide.detach().amax(dim=-1, keepdim=True)  # NaN where one of them is
-    smooth = torch.where(peak.isinf() | peak.isnan(), 0.0, wide).softmax(dim=-1)
-    chosen = smooth.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
-    return values.to(wide.dtype) + (chosen - chosen.detach())
+    is_limit = peak.isinf() | peak.isnan()
+    smooth = torch.where(is_limit, 0.0, wide).softmax(dim=-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+    if wide.dtype == torch.float64:
+        return torch.where(is_limit.squeeze(-1), values.to(wide.dtype), smooth)
+    return values + (smooth - smooth.detach())
 
 
 def _tables(like: Tensor) -> tuple[Tensor, Tensor]:
@@ -171,7 +175,8 @@ def _tables_on(device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def _tensor(table: tuple[float, ...], device: torch.device) -> Tensor:
-    return torch.tensor(table, dtype=torch.float32, device=device)
+    # Not torch.tensor, which detaches in place where it is traced.
+    return torch.as_tensor(table, dtype=torch.float32, device=device)
 
 
 def _look_up(table: Tensor, places: Tensor) -> Tensor:

@@ -1,0 +1,25 @@
+"""Whether a derivative of what is computed may be asked for."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+__all__ = ["wants_derivative"]
+
+
+def wants_derivative(*values: Tensor | None) -> bool:
+    """Whether one of the tensors is followed by autograd: backwards, by a forward-mode tangent, or by ``torch.func``.
+
+    Example:
+        >>> wants_derivative(torch.zeros(2)), wants_derivative(torch.zeros(2, requires_grad=True))
+        (False, True)
+    """
+    tensors = [value for value in values if value is not None]
+    if torch.is_grad_enabled() and any(value.requires_grad for value in tensors):
+        return True
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return True
+    # The level first: without one there is no tangent, and to ask each tensor costs as much as to decode a small image.
+    return forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(value).tangent is not None for value in tensors)
