@@ -170,7 +170,7 @@ class Preprocessing:
         from torchvision.transforms.v2 import functional as vision
 
         resized = [vision.resize(image, [self.height, self.width], antialias=True) for image in images]
-        sizes = torch.tensor([image.shape[-2:] for image in images], dtype=torch.int64).reshape(-1, 2)
+        sizes = torch.tensor([image.shape[-2:] for image in images], dtype=torch.int64, device="cpu").reshape(-1, 2)
         return self.normalise(torch.stack(resized).to(torch.float32)), sizes
 
     def normalise(self, images: Tensor) -> Tensor:

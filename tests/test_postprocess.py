@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -643,6 +644,81 @@ def test_saved_inputs_may_be_used_again_after_the_decode():
     detections = decode(logits, inner, torch.tensor([[5, 6]]))
     (detections.boxes.sum() + inner.pow(2).sum()).backward()
     assert boxes.grad.isfinite().all()
+
+
+KERNELS = ["native", "numpy", "aten"]
+
+
+def tangents_of_tensors(post, arguments, tangents):
+    """The tangents of scores and boxes, by dual tensors."""
+    with forward_ad.dual_level():
+        duals = [forward_ad.make_dual(*pair) for pair in zip(arguments, tangents, strict=True)]
+        found = post(*duals)
+        return [forward_ad.unpack_dual(value).tangent for value in (found.scores, found.boxes)]
+
+
+def tangents_of_functions(post, arguments, tangents):
+    """The tangents of scores and boxes, by ``torch.func``."""
+    return torch.func.jvp(lambda *values: post(*values)[::2][:2], arguments, tangents)[1]
+
+
+def by_differences(post, arguments, tangents, step=1e-6):
+    """The tangents of scores and boxes, in float64, which no kernel takes."""
+    wide = [(value.double(), tangent.double()) for value, tangent in zip(arguments, tangents, strict=True)]
+    ahead, behind = (post(*(value + side * step * tangent for value, tangent in wide)) for side in (1, -1))
+    return [(a - b) / (2 * step) for a, b in ((ahead.scores, behind.scores), (ahead.boxes, behind.boxes))]
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("tangents_of", [tangents_of_tensors, tangents_of_functions])
+@pytest.mark.parametrize("fields", SPECS, ids=name_of)
+def test_forward_mode_gives_the_tangents_of_scores_and_boxes(monkeypatch, fields, tangents_of, kernel):
+    monkeypatch.setenv("DETPOST_KERNEL", kernel)
+    post = DetectionPostProcessor(DecodeSpec(**fields, top_k=7))
+    arguments = (*sample(torch.float32), torch.tensor([[30.0, 50.0], [70.0, 20.0]]))
+    tangents = tuple(torch.randn_like(value) for value in arguments)
+    found, expected = tangents_of(post, arguments, tangents), by_differences(post, arguments, tangents)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-4)
+        assert other.abs().max() > 0.01
+
+
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_one_tensor_with_a_tangent_is_enough(which):
+    post = DetectionPostProcessor(DecodeSpec(top_k=7))
+    arguments = [*sample(torch.float32), torch.tensor([[30.0, 50.0], [70.0, 20.0]])]
+    with forward_ad.dual_level():
+        arguments[which] = forward_ad.make_dual(arguments[which], torch.ones_like(arguments[which]))
+        found = post(*arguments)
+        tangents = [forward_ad.unpack_dual(value).tangent for value in (found.scores, found.boxes)]
+    assert [tangent is not None and bool(tangent.any()) for tangent in tangents] == [which == 0, which != 0]
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("fields", UNLIKE, ids=name_of)
+def test_the_gradient_reaches_the_image_sizes(monkeypatch, fields, kernel):
+    monkeypatch.setenv("DETPOST_KERNEL", kernel)
+    logits, boxes = sample(torch.float32)
+    sizes = torch.tensor([[30.0, 50.0], [70.0, 20.0]], requires_grad=True)
+    detections = decode(logits, boxes, sizes, **fields, top_k=7)
+    detections.boxes.sum().backward()
+    # Corners are units of the image times its width or its height.
+    units = decode(logits, boxes, **fields, top_k=7).boxes
+    expected = torch.stack((units[..., 1::2].sum((1, 2)), units[..., 0::2].sum((1, 2))), dim=1)
+    torch.testing.assert_close(sizes.grad, expected, rtol=1e-5, atol=0)
+
+
+def test_tangents_are_kept_where_the_decode_is_compiled():
+    torch._dynamo.reset()
+    post = DetectionPostProcessor(DecodeSpec(top_k=7))
+    arguments = (*sample(torch.float32), torch.tensor([[30.0, 50.0], [70.0, 20.0]]))
+    tangents = tuple(torch.randn_like(value) for value in arguments)
+    compiled = torch.compile(post, backend="aot_eager")
+    compiled(*arguments)  # without tangents: what was compiled for that must not serve the next calls
+    for tangents_of in (tangents_of_tensors, tangents_of_functions):
+        found, expected = tangents_of(compiled, arguments, tangents), tangents_of(post, arguments, tangents)
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other)
 
 
 # --- the module ---

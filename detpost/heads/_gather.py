@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -55,3 +57,9 @@ def by_query(values: Tensor, queries: Tensor) -> Tensor:
     first = torch.arange(batch, device=values.device).unsqueeze(1) * count
     rows = (queries.clamp(min=0) + first).flatten()
     return values.flatten(0, 1).index_select(0, rows).view(batch, queries.shape[1], *values.shape[2:])
+
+
+def lookup_table(values: Sequence[int]) -> Tensor:
+    """Make a module's buffer, int64, on the default device; on the CPU where that is meta, which holds no numbers."""
+    device = torch.get_default_device()
+    return torch.tensor(values, dtype=torch.int64, device="cpu" if device.type == "meta" else device)

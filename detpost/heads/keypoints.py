@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from detpost.detections import Detections
-from detpost.heads._gather import by_query, check, check_sizes
+from detpost.heads._gather import by_query, check, check_sizes, lookup_table
 
 __all__ = ["DETRPoseKeypoints", "Keypoints", "RFDETRKeypoints"]
 
@@ -122,7 +122,7 @@ class RFDETRKeypoints(nn.Module):
             raise ValueError(f"trace_alpha must be at least 0; got {trace_alpha}")
         self.num_keypoints_per_class = counts
         self.trace_alpha = trace_alpha
-        self.register_buffer("counts", torch.tensor(counts), persistent=False)
+        self.register_buffer("counts", lookup_table(counts), persistent=False)
 
     def forward(self, detections: Detections, keypoints: Tensor, image_sizes: Tensor | None = None) -> Keypoints:
         """Decode.

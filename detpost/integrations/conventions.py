@@ -33,7 +33,7 @@ def size_rows(sizes: Tensor | Sequence[Any], like: Tensor, name: str) -> Tensor:
         pairs = [tuple(map(float, pair)) for pair in sizes]
         if any(len(pair) != 2 for pair in pairs):
             raise ValueError(f"{name} must hold pairs; got {sizes!r}")
-        sizes = torch.tensor(pairs, dtype=torch.float32).reshape(-1, 2)
+        sizes = torch.tensor(pairs, dtype=torch.float32, device=like.device).reshape(-1, 2)
     if sizes.ndim != 2 or sizes.shape[1] != 2 or len(sizes) != len(like):
         raise ValueError(f"{name} must have one pair for each of {len(like)} images; got shape {tuple(sizes.shape)}")
     return sizes.to(like.device)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from detpost.detections import Detections
+from detpost.heads._gather import lookup_table
 from detpost.integrations.conventions import in_query_order
 from detpost.postprocess import DetectionPostProcessor, raw_outputs
 from detpost.spec import DecodeSpec
@@ -77,7 +78,7 @@ class RTDETRPostProcessor(nn.Module):
             DecodeSpec.preset("rtdetr" if use_focal_loss else "detr", top_k=num_top_queries)
         )
         # Not persistent: a checkpoint of the original loads without a missing key.
-        self.register_buffer("category_ids", torch.tensor(COCO_CATEGORY_IDS), persistent=False)
+        self.register_buffer("category_ids", lookup_table(COCO_CATEGORY_IDS), persistent=False)
 
     def forward(
         self, outputs: Mapping[str, Any], orig_target_sizes: Tensor

@@ -138,7 +138,7 @@ def _with_preprocessing(preprocessing: Preprocessing) -> Prepare:
 def _with_processor(processor: Any) -> Prepare:
     def prepare(images: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
         inputs = processor(images=list(images), return_tensors="pt", input_data_format="channels_first")
-        sizes = torch.tensor([image.shape[-2:] for image in images], dtype=torch.int64).reshape(-1, 2)
+        sizes = torch.tensor([image.shape[-2:] for image in images], dtype=torch.int64, device="cpu").reshape(-1, 2)
         return inputs["pixel_values"], sizes, inputs.get("pixel_mask")
 
     return prepare

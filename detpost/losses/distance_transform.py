@@ -135,7 +135,7 @@ def _distance_along_last_axis(inside: Tensor) -> Tensor:
     After the step of length s the result is right for every zero within 2 s - 1, because each such offset is a sum of
     distinct smaller steps in one direction.
     """
-    distance = torch.where(inside, float("inf"), 0.0)
+    distance = torch.where(inside, float("inf"), 0.0).to(torch.float32)  # of two numbers: the default dtype
     step = 1
     while step < inside.shape[-1]:
         padded = F.pad(distance, (step, step), value=float("inf"))
@@ -183,7 +183,7 @@ def _blocks(tensor: Tensor, axis: int, size: int) -> list[Tensor]:
 
 def _squared_distance_to_virtual_zero(like: Tensor, spacing: tuple[float, ...], unit: float) -> Tensor:
     """Squared distance to index (-1, 0, ...), as a (*spatial) tensor in the given unit."""
-    total = torch.zeros((), device=like.device)
+    total = torch.zeros((), dtype=torch.float32, device=like.device)
     for axis, length in enumerate(spacing):
         index = torch.arange(like.shape[2 + axis], dtype=torch.float32, device=like.device) + (axis == 0)
         total = total[..., None] + (index * (length / unit)).square()

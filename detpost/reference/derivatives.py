@@ -22,4 +22,8 @@ def wants_derivative(*values: Tensor | None) -> bool:
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return True
     # The level first: without one there is no tangent, and to ask each tensor costs as much as to decode a small image.
-    return forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(value).tangent is not None for value in tensors)
+    return forward_ad._current_level >= 0 and any(_has_tangent(value) for value in tensors)
+
+
+def _has_tangent(value: Tensor) -> bool:
+    return forward_ad.unpack_dual(value).tangent is not None  # type: ignore[no-untyped-call]

@@ -142,7 +142,7 @@ def walk_portable(overlaps: Tensor, free: Tensor) -> Tensor:
     # Not F.pad: ONNX pads no booleans before opset 19.
     drops = F.pad(overlaps.to(torch.float32), (0, padding, 0, padding))
     hits = F.pad((~free).to(torch.float32), (0, padding), value=1.0)  # how many kept boxes drop each one
-    weights = 2.0 ** torch.arange(_EXPORT_WORD, device=overlaps.device)
+    weights = 2.0 ** torch.arange(_EXPORT_WORD, dtype=torch.float32, device=overlaps.device)
     entry = torch.arange(2**_EXPORT_WORD, device=overlaps.device)
     stays: list[Tensor] = []  # (B, blocks, 64) for each place in a block
     own = torch.stack(

@@ -518,9 +518,9 @@ class _Shelf(NamedTuple):
         from detpost.runs.drawing import draw
 
         found = {
-            "scores": torch.tensor(row["scores"]),
-            "labels": torch.tensor(row["labels"], dtype=torch.int64),
-            "boxes": torch.tensor(row["boxes"]).reshape(-1, 4),
+            "scores": torch.tensor(row["scores"], dtype=torch.float32, device="cpu"),
+            "labels": torch.tensor(row["labels"], dtype=torch.int64, device="cpu"),
+            "boxes": torch.tensor(row["boxes"], dtype=torch.float32, device="cpu").reshape(-1, 4),
             "label_names": row["names"],
         }
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -113,7 +113,8 @@ class Report:
         for row in self._rows():
             if "error" in row:
                 continue
-            corners = convert(torch.tensor(row["boxes"]).reshape(-1, 4), "xyxy", "xywh").tolist()
+            boxes = torch.tensor(row["boxes"], dtype=torch.float32, device="cpu").reshape(-1, 4)
+            corners = convert(boxes, "xyxy", "xywh").tolist()
             for score, label, box in zip(row["scores"], row["labels"], corners, strict=True):
                 category = label if self.categories is None else self.categories.get(label)
                 if category is None:

@@ -74,7 +74,7 @@ def _blend_all(rows: Tensor, out: Tensor, threshold: float, inclusive: bool) -> 
 
     def blend(first: int, last: int) -> None:
         with torch.inference_mode(is_inference), torch.no_grad():
-            scratch = torch.empty((max(sizes), width))
+            scratch = torch.empty((max(sizes), width), dtype=torch.float32, device="cpu")
             views = {size: scratch[:size] for size in set(sizes)}
             for sources, mask in zip(rows[first:last], out[first:last], strict=True):
                 _blend(sources.split(1), mask.split(sizes), bands, weights, views, threshold, inclusive)
@@ -108,8 +108,8 @@ def _blend(
 
 def _positions(source: int, target: int) -> Tensor:
     """Give where each target row lies among the source rows, in F.interpolate's own arithmetic."""
-    ratio = torch.tensor(source, dtype=torch.float32) / target
-    return ((torch.arange(target, dtype=torch.float32) + 0.5) * ratio - 0.5).clamp(min=0)
+    ratio = torch.tensor(source, dtype=torch.float32, device="cpu") / target
+    return ((torch.arange(target, dtype=torch.float32, device="cpu") + 0.5) * ratio - 0.5).clamp(min=0)
 
 
 def _bands(source: int, target: int, most: int) -> list[tuple[int, int, int]]:

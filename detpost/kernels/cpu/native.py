@@ -162,7 +162,7 @@ def select(scores: Tensor, k: int) -> Tensor:
 
 def _select(scores: Tensor, k: int) -> Tensor:
     batch, width = scores.shape
-    indices = torch.empty((batch, min(k, width)), dtype=torch.int64)
+    indices = torch.empty((batch, min(k, width)), dtype=torch.int64, device="cpu")
     if indices.numel():
         rows = scores.contiguous()
         _function("detpost_select")(
@@ -260,11 +260,12 @@ _DECODE_RECORD = struct.Struct("=19qd")
 @functools.lru_cache(maxsize=64)
 def _templates(batch: int, kept: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Tensors that the outputs are made like; never written or given out."""
+    # Whatever the default device is: the kernel writes to where these are.
     return (
-        torch.empty((batch, kept), dtype=torch.float32),
-        torch.empty((batch, kept), dtype=torch.int64),
-        torch.empty((batch, kept, 4), dtype=torch.float32),
-        torch.empty((batch, kept), dtype=torch.bool),
+        torch.empty((batch, kept), dtype=torch.float32, device="cpu"),
+        torch.empty((batch, kept), dtype=torch.int64, device="cpu"),
+        torch.empty((batch, kept, 4), dtype=torch.float32, device="cpu"),
+        torch.empty((batch, kept), dtype=torch.bool, device="cpu"),
     )
 
 
@@ -339,7 +340,7 @@ def _erosion(
     batch, channels, *sides = pred.shape
     depth, height, width = (1, *sides)[-3:]
     steps = (c_double * len(weights))(*weights)
-    totals = torch.empty((batch, channels), dtype=torch.float64)
+    totals = torch.empty((batch, channels), dtype=torch.float64, device="cpu")
     field = torch.empty_like(pred) if want_field else pred.new_empty(0)
     gradient = torch.empty_like(pred) if want_gradient else pred.new_empty(0)
     given = cotangent.contiguous() if cotangent is not None else None
@@ -448,7 +449,7 @@ def _distance(values: Tensor, steps: Sequence[float], both_sides: bool) -> Tenso
 
 
 def _distances(values: Tensor, steps: Sequence[float], both_sides: bool, threshold: float) -> Tensor:
-    squared = torch.empty(values.shape, dtype=torch.float32)
+    squared = torch.empty(values.shape, dtype=torch.float32, device="cpu")
     depth, height, width = (1, *values.shape[2:])[-3:]
     lengths = (1.0, *steps)[-3:]
     if values.numel():
@@ -499,7 +500,7 @@ def _weighted_error(
     of_truth = _distances(truth, steps, True, 0.5)
     fields, elements = values.shape[0] * values.shape[1], values[0, 0].numel() if values.numel() else 0
     chunks = max(1, -(-elements // _CHUNK))
-    sums = torch.zeros((*values.shape[:2], chunks), dtype=torch.float64)
+    sums = torch.zeros((*values.shape[:2], chunks), dtype=torch.float64, device="cpu")
     if values.numel():
         _function("detpost_weighted_error")(
             *(values.data_ptr(), truth.data_ptr(), of_truth.data_ptr(), of_values.data_ptr(), fields, elements, chunks),

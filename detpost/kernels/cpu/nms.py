@@ -12,6 +12,7 @@ from torch import Tensor
 
 from detpost.detections import Detections
 from detpost.kernels.cpu import native
+from detpost.reference.derivatives import wants_derivative
 
 __all__ = ["keep", "keep_as_operator", "suppress", "takes_detections"]
 
@@ -45,7 +46,7 @@ def keep(
     """
     boxes, scores, labels, valid = _ready(boxes, scores, labels, valid)
     batch, count, _ = boxes.shape
-    kept = torch.empty((batch, count), dtype=torch.bool)
+    kept = torch.empty((batch, count), dtype=torch.bool, device="cpu")
     if batch and count:
         _run()(
             _RECORD.pack(
@@ -72,7 +73,7 @@ def takes_detections(detections: Detections) -> bool:
         scores.dtype == boxes.dtype == torch.float32
         and labels.dtype == queries.dtype == torch.int64
         and valid.dtype == torch.bool
-        and not (torch.is_grad_enabled() and (scores.requires_grad or boxes.requires_grad))
+        and not wants_derivative(scores, boxes)
     )
 
 
