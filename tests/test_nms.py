@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.autograd import forward_ad
 from torchvision.ops import batched_nms
 from torchvision.ops import nms as torchvision_nms
 
@@ -347,3 +348,19 @@ def test_the_module_wants_detections():
 def test_is_a_public_name():
     assert detpost.nms.NonMaximumSuppression is NonMaximumSuppression
     assert np.dtype(bool) == np.asarray(nms(torch.zeros(1, 1, 4), torch.zeros(1, 1), 0.5)).dtype
+
+
+@pytest.mark.parametrize("compact", [False, True])
+def test_tangents_go_through_the_suppression(compact):
+    boxes = torch.rand(2, 9, 4).cumsum(-1)
+    labels, queries = torch.zeros(2, 9, dtype=torch.int64), torch.arange(9).repeat(2, 1)
+    scores = torch.rand(2, 9).sort(descending=True).values
+    found = Detections(scores, labels, boxes, queries, torch.ones(2, 9, dtype=torch.bool))
+    suppress = NonMaximumSuppression(0.3, compact=compact)
+    plain = suppress(found)
+    assert 0 < plain.valid.sum() < plain.valid.numel()
+    with forward_ad.dual_level():
+        scores, boxes = (forward_ad.make_dual(values, values * 3) for values in (found.scores, found.boxes))
+        followed = suppress(found._replace(scores=scores, boxes=boxes))
+        tangents = [forward_ad.unpack_dual(values).tangent for values in (followed.scores, followed.boxes)]
+    assert_same(tangents, [plain.scores * 3, plain.boxes * 3])

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from detpost import DecodeSpec, DetectionPostProcessor, Detections, presets
@@ -719,6 +720,26 @@ def test_tangents_are_kept_where_the_decode_is_compiled():
         found, expected = tangents_of(compiled, arguments, tangents), tangents_of(post, arguments, tangents)
         for one, other in zip(found, expected, strict=True):
             torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("name", ["rtdetr", "detr"])
+def test_derivatives_taken_inside_what_is_compiled_are_kept(name):
+    post = DetectionPostProcessor.from_preset(name, top_k=7)
+    logits, boxes = sample(torch.float32)
+    sizes = torch.tensor([[30.0, 50.0], [70.0, 20.0]])
+
+    def tangents(*values):
+        return tangents_of_functions(post, values, values)
+
+    def gradient(*values):
+        return torch.func.grad(lambda first, *rest: post(first, *rest).scores.square().sum())(*values)
+
+    for function in (tangents, gradient):
+        torch._dynamo.reset()
+        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+        expected = function(logits, boxes, sizes)
+        torch.testing.assert_close(compiled(logits, boxes, sizes), expected)
+        assert all(value.abs().max() > 0.01 for value in tree_leaves(expected))
 
 
 # --- the module ---

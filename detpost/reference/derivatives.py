@@ -19,7 +19,8 @@ def wants_derivative(*values: Tensor | None) -> bool:
     tensors = [value for value in values if value is not None]
     if torch.is_grad_enabled() and any(value.requires_grad for value in tensors):
         return True
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    # A compiler shows what transforms do by the tensors themselves, and takes this stack for one that is never empty.
+    if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
         return True
     # The level first: without one there is no tangent, and to ask each tensor costs as much as to decode a small image.
     return forward_ad._current_level >= 0 and any(_has_tangent(value) for value in tensors)

@@ -161,10 +161,19 @@ def test_the_derivatives_are_those_of_softmax(compiled):
     cotangent = torch.randn(3, 5, generator=generator, dtype=torch.float64)
     function = torch.compile(scored, fullgraph=True) if compiled else scored
     found, expected = function(logits, labels), smooth(logits, labels)
-    assert torch.equal(found, softmax.scores(logits).gather(-1, labels.unsqueeze(-1)).squeeze(-1).double())
+    assert torch.allclose(found, expected, rtol=0, atol=1e-16)  # of float64 logits, softmax itself
     (first,), (second,) = (torch.autograd.grad(value, logits, cotangent) for value in (found, expected))
     assert torch.allclose(first, second, rtol=1e-12, atol=1e-15)
     assert float(second.abs().max()) > 0.1
+
+
+def test_a_slope_changes_no_bit_of_a_score():
+    logits = adversarial_rows(92).requires_grad_()
+    labels = torch.arange(len(logits)) % 92
+    values = softmax.scores(logits).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+    found = softmax.with_slope(values, logits, labels)
+    assert found.requires_grad
+    assert torch.equal(found, values)
 
 
 def test_forward_mode_and_second_derivatives_are_those_of_softmax():
