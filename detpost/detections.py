@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import _register_namedtuple
 
 from detpost.boxes import convert
 
@@ -155,6 +156,10 @@ class Detections(NamedTuple):
             )
             for image in self.to_list()
         ]
+
+
+# Under this name a saved torch.export program finds the type again.
+_register_namedtuple(Detections, serialized_type_name="detpost.Detections")
 
 
 def _of_label(table: Sequence[_T] | Mapping[int, _T], label: int, name: str) -> _T:

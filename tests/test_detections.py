@@ -208,3 +208,13 @@ class TestToSupervision:
         with pytest.raises(ImportError, match=r"detpost\[viz\]") as error:
             three_images().to_supervision(0)
         one_line(error)
+
+
+def test_an_exported_program_is_saved_and_loaded_with_its_detections(tmp_path):
+    post = DetectionPostProcessor.from_preset("rtdetr", top_k=5)
+    inputs = (torch.randn(2, 6, 3), torch.rand(2, 6, 4), torch.tensor([[10, 20], [30, 40]]))
+    torch.export.save(torch.export.export(post, inputs), tmp_path / "post.pt2")
+    found = torch.export.load(tmp_path / "post.pt2").module()(*inputs)
+    assert type(found) is Detections
+    for name, value, wanted in zip(Detections._fields, found, post(*inputs), strict=True):
+        assert torch.equal(value, wanted), name

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import _register_namedtuple
 
 from detpost.detections import Detections
 from detpost.heads._gather import by_query, check, check_sizes, lookup_table
@@ -36,6 +37,9 @@ class Keypoints(NamedTuple):
     points: Tensor
     scores: Tensor
     precision: Tensor
+
+
+_register_namedtuple(Keypoints, serialized_type_name="detpost.heads.Keypoints")
 
 
 class DETRPoseKeypoints(nn.Module):

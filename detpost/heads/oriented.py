@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import _register_namedtuple
 
 from detpost.detections import Detections
 from detpost.heads._gather import by_query, check, check_sizes
@@ -38,6 +39,9 @@ class OrientedDetections(NamedTuple):
     boxes: Tensor
     corners: Tensor
     enclosing: Tensor
+
+
+_register_namedtuple(OrientedDetections, serialized_type_name="detpost.heads.OrientedDetections")
 
 
 class OrientedBoxes(nn.Module):
