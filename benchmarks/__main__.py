@@ -10,7 +10,7 @@ from rich.table import Table
 
 from benchmarks.race import run_benchmark, times
 from benchmarks.report import write_json, write_plot, write_table
-from detpost.command.cli import console, steps
+from detpost.command.show import console, steps
 
 
 def bench(

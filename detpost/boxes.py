@@ -11,14 +11,15 @@ leading shape must be a prefix of the boxes' leading shape, as (B, 2) is for box
 from __future__ import annotations
 
 from numbers import Real
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
 
+from detpost.spec import BoxFormat
+
 __all__ = ["BoxFormat", "clip", "convert", "hflip", "scale", "transform", "unletterbox", "vflip"]
 
-BoxFormat = Literal["cxcywh", "xyxy", "xywh"]
 Size = Tensor | tuple[float, float]
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from detpost.detections import Detections
 from detpost.images import Preprocessing, read_image
+from detpost.integrations.model_names import look_up
 from detpost.postprocess import DetectionPostProcessor, DetectorModule
 from detpost.spec import DecodeSpec
 
@@ -79,6 +80,8 @@ class Detector:
         backend: str = "eager",
         device: str | torch.device | None = None,
         threshold: float = 0.5,
+        *,
+        trust_remote_code: bool = False,
     ) -> Detector:
         """Load a detector.
 
@@ -92,15 +95,16 @@ class Detector:
             device: where to run; ``None`` takes CUDA where there is one, else the CPU; for a ``.pt2`` file, the device
                 that it was made for.
             threshold: detections with ``score > threshold`` are given, within [0, 1].
+            trust_remote_code: whether Python code that comes with a transformers detector's weights is run.
 
         Returns:
             The detector.
 
         Raises:
             ImportError: a package that the source needs is missing; the message names the extra.
-            OSError: nothing at that place.
-            ValueError: an unknown backend or one that the device does not have, a threshold out of range, or a file
-                that is not a whole detector written by detpost.
+            OSError: nothing at that place; the message names detectors that are spelled alike.
+            ValueError: an unknown backend or one that the device does not have, a threshold out of range, a file that
+                is not a whole detector written by detpost, or code that is not trusted.
 
         Example:
             >>> detector = Detector.load("tiny", device="cpu", threshold=0.4)
@@ -111,16 +115,17 @@ class Detector:
             raise ValueError(f"unknown backend {backend!r}: take one of {', '.join(BACKENDS)}")
         if not 0 <= threshold <= 1:
             raise ValueError(f"threshold must lie within [0, 1]; got {threshold}")
-        if Path(source).suffix in _FILES:
+        found = look_up(source)
+        if found.kind == "file":
             return _FILES[Path(source).suffix](Path(source), device, threshold)
         if backend in ("onnx", "openvino"):
-            return _through_file(source, backend, threshold)
-        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+            return _through_file(source, backend, threshold, trust_remote_code)
+        place = _place(device)
         if backend == "cudagraph" and place.type != "cuda":
             raise ValueError(f"backend 'cudagraph' needs a CUDA device; got {place}: take 'compile' there")
         from detpost.integrations.transformers import load_detector
 
-        loaded = load_detector(source)
+        loaded = load_detector(source, trust_remote_code=trust_remote_code)
         module = DetectorModule(loaded.model, DetectionPostProcessor(loaded.spec)).eval().to(place)
         return cls(
             _in_backend(module, backend, loaded.preprocessing is None),
@@ -185,6 +190,17 @@ class Detector:
         ]
 
 
+def _place(device: str | torch.device | None) -> torch.device:
+    """Find the device, and that it is there."""
+    try:
+        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=place)
+    # torch raises AssertionError where it was built without the device, RuntimeError where it has none or knows none.
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(f"no device {str(device)!r} here: {str(error).strip().splitlines()[0]}") from error
+    return place
+
+
 def _is_collection(images: Any) -> bool:
     """Tell many images from one: an array or tensor is one image unless it has a batch dimension."""
     if isinstance(images, (str, Path)):
@@ -206,16 +222,19 @@ def _in_backend(module: DetectorModule, backend: str, dynamic_size: bool) -> Run
     return module
 
 
-def _through_file(source: str | Path, backend: str, threshold: float) -> Detector:
+def _through_file(source: str | Path, backend: str, threshold: float, trust_remote_code: bool) -> Detector:
     """Export to a temporary file and open that; both runtimes hold all of it in memory then."""
+    from detpost.export import to_onnx, to_openvino
+    from detpost.integrations.transformers import load_detector
+
+    loaded = load_detector(source, trust_remote_code=trust_remote_code)
+    known: dict[str, Any] = {"preprocessing": loaded.export_preprocessing, "class_names": loaded.class_names}
     with tempfile.TemporaryDirectory(prefix="detpost-") as folder:
         if backend == "onnx":
-            from detpost.export.onnx import to_onnx
-
-            return _load_onnx(to_onnx(source, Path(folder) / "model.onnx").path, None, threshold)
-        from detpost.export.openvino import to_openvino
-
-        return _load_openvino(to_openvino(source, Path(folder) / "model.xml").path, None, threshold)
+            written = to_onnx(loaded.model, Path(folder) / "model.onnx", loaded.spec, **known)
+            return _load_onnx(written.path, None, threshold)
+        pair = to_openvino(loaded.model, Path(folder) / "model.xml", loaded.spec, **known)
+        return _load_openvino(pair.path, None, threshold)
 
 
 def _load_onnx(path: Path, device: Any, threshold: float) -> Detector:

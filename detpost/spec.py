@@ -7,13 +7,12 @@ from dataclasses import dataclass, fields, replace
 from math import isfinite
 from typing import Any, Literal, get_args
 
-from detpost.boxes import BoxFormat
-
 __all__ = ["DecodeSpec", "presets"]
 
 Activation = Literal["sigmoid", "softmax"]
 Selection = Literal["flat", "per_query"]
 Background = Literal["none", "first", "last"]
+BoxFormat = Literal["cxcywh", "xyxy", "xywh"]
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "activation": get_args(Activation),
@@ -143,6 +142,11 @@ def presets() -> tuple[str, ...]:
         True
     """
     return tuple(_PRESETS)
+
+
+def has_preset(model_type: str) -> bool:
+    """Tell whether a preset covers a transformers ``model_type``."""
+    return model_type in _FAMILIES
 
 
 def name_of_preset(spec: DecodeSpec) -> str | None:

@@ -2,45 +2,46 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
-from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, cast
 
 import typer
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
+import detpost
+from detpost.command import show
+from detpost.integrations.model_names import check_file, look_up
 from detpost.spec import DecodeSpec, presets
 
 app = typer.Typer(
     name="detpost",
-    help="Exact, exportable post-processing for DETR-family detectors.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-console = Console()
 
 PRESET_HELP = f"How the outputs are decoded: {', '.join(presets())}."
-
-
 MODEL_HELP = "tiny, a transformers directory or hub id, or an .onnx, .xml or .pt2 file of detpost's."
 BACKEND_HELP = "What runs a transformers detector: eager, compile, onnx, openvino or cudagraph."
 CATEGORIES_HELP = "How classes find their category in the annotations: auto, name, order or label."
+TRUST_HELP = "Run Python code that comes with the model's weights; only where you trust it."
 
 
-@contextlib.contextmanager
-def steps() -> Iterator[Callable[[str], None]]:
-    """Show the step that is running; on a terminal as a spinner, elsewhere as lines."""
-    if not console.is_terminal:
-        yield lambda line: console.print(f"... {line}", highlight=False)
-        return
-    with console.status("starting") as status:
-        yield lambda line: status.update(line)
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"detpost {detpost.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Exact, exportable post-processing for DETR-family detectors."""
 
 
 @app.command()
@@ -54,30 +55,9 @@ def demo(
     from detpost.command.demo import run_demo
     from detpost.zoo import sample_images
 
-    with steps() as say:
+    with show.steps() as say:
         result = run_demo(out, images or sample_images(), say)
-    for image in result.images:
-        table = Table("digit", "score", "x1", "y1", "x2", "y2", title=image.name, title_justify="left")
-        rows = zip(
-            image.found["label_names"], image.found["scores"].tolist(), image.found["boxes"].tolist(), strict=True
-        )
-        for name, score, box in rows:
-            table.add_row(name, f"{score:.3f}", *(f"{value:.1f}" for value in box))
-        console.print(table)
-    agreement = Table("image", "detections", "match", "box difference", "score difference", "decode of its raw outputs")
-    agreement.title, agreement.title_justify = f"PyTorch against ONNX Runtime ({result.model.name})", "left"
-    for image in result.images:
-        match = image.match
-        agreement.add_row(
-            image.name,
-            str(match.first),
-            "yes" if match.ok else f"NO ({match.matched} of {match.first + match.second})",
-            f"{match.box_difference:.2g} px",
-            f"{match.score_difference:.2g}",
-            "identical" if image.decode_identical else "DIFFERENT",
-        )
-    console.print(agreement)
-    console.print(f"network exported with the {result.exporter} exporter; everything is in {out}/", highlight=False)
+    show.print_demo(result, out)
     if not result.ok:
         raise typer.Exit(1)
 
@@ -119,13 +99,18 @@ def detect(
     strict: Annotated[bool, typer.Option("--strict", help="Exit status 1 if an image was skipped.")] = False,
     max_pixels: Annotated[int, typer.Option(help="Images with more pixels are skipped.")] = 178_956_970,
     workers: Annotated[int | None, typer.Option(help="Threads that decode images; one per core, at most 4.")] = None,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help=TRUST_HELP)] = False,
 ) -> None:
     """Detect in a folder of any size; an interrupted run goes on where it stopped when started again."""
+    from detpost.runs.listing import find_images
+
+    look_up(model)
+    found = find_images(images)
     from detpost.runs.detect import detect as run_detect
 
-    with _progress("images") as tell, _resumable(out):
+    with show.progress("images") as tell, show.resumable(out):
         summary = run_detect(
-            images,
+            found,
             out,
             model=model,
             backend=backend,
@@ -139,9 +124,10 @@ def detect(
             fresh=fresh,
             max_pixels=max_pixels,
             workers=workers,
+            trust_remote_code=trust_remote_code,
             progress=tell,
         )
-    _print_summary(summary)
+    show.print_summary(summary)
     if strict and summary.skipped:
         raise typer.Exit(1)
 
@@ -163,6 +149,7 @@ def evaluate(
     categories: Annotated[str, typer.Option(help=CATEGORIES_HELP)] = "auto",
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder to keep the model's results in.")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", "--overwrite", help="Drop an earlier run and start over.")] = False,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help=TRUST_HELP)] = False,
 ) -> None:
     """Compute COCO's AP and AR, equal to pycocotools', of a results file or of a model on a folder of images."""
     from detpost.runs.evaluate import evaluate as evaluate_results
@@ -175,10 +162,12 @@ def evaluate(
     if results is not None:
         found = evaluate_results(annotations, results, iou_type=iou_type, max_dets=counts)
     else:
+        assert model is not None
         assert images is not None
+        look_up(model)
         if iou_type != "bbox":
             raise ValueError(f"a model is evaluated on boxes: --iou-type {iou_type} takes --results")
-        with _progress("images", quiet) as tell, _resumable(out):
+        with show.progress("images", quiet) as tell, show.resumable(out):
             found, summary = evaluate_model(
                 annotations,
                 images,
@@ -191,16 +180,17 @@ def evaluate(
                 batch_size=batch,
                 categories=categories,
                 fresh=fresh,
+                trust_remote_code=trust_remote_code,
                 progress=tell,
             )
         if not quiet:
-            _print_skipped(summary)
+            show.print_skipped(summary)
     if quiet:
         print(found.to_json())
         return
     if json_file is not None:
         json_file.write_text(found.to_json() + "\n")
-    _print_evaluation(found, per_class)
+    show.print_evaluation(found, per_class)
 
 
 @app.command()
@@ -208,10 +198,7 @@ def doctor() -> None:
     """Print versions, devices, and which optional parts are present."""
     from detpost.command.doctor import examine
 
-    table = Table("part", "", "detail")
-    for part in examine():
-        table.add_row(part.name, "[green]yes[/]" if part.present else "[yellow]no[/]", escape(part.detail))
-    console.print(table)
+    show.print_parts(examine())
 
 
 @app.command()
@@ -233,24 +220,29 @@ def export(
     score_threshold: Annotated[float | None, typer.Option(help="Detections at or below it are not valid.")] = None,
     opset: Annotated[int, typer.Option(help="Version of the default operator set.")] = 17,
     exporter: Annotated[str, typer.Option(help="auto, torchscript or dynamo.")] = "auto",
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help=TRUST_HELP)] = False,
 ) -> None:
     """Export a detector with its post-processing, or a bare decode: .onnx, .xml (OpenVINO) or .pt2 (AOTInductor).
 
     For .pt2 only the preset, the size and what belongs to the decode count; its batch is free.
     """
+    if model != "post":
+        look_up(model)
+    overrides = _given(top_k=top_k, score_threshold=score_threshold)
+    bare = DecodeSpec.preset(preset or "rtdetr", **overrides)
+    image_size = _size(size)
     from detpost.export import package, to_onnx, to_openvino
     from detpost.postprocess import DetectionPostProcessor
 
-    overrides = _given(top_k=top_k, score_threshold=score_threshold)
-    if model == "post":
-        source: Any = DetectionPostProcessor(_spec(preset or "rtdetr", overrides))
-        spec = None
-    else:
-        source, spec = model, _spec_for(model, preset, overrides)
-    with steps() as say:
+    post = model == "post"
+    exported = (
+        (DetectionPostProcessor(bare), None, {}) if post else _detector(model, preset, overrides, trust_remote_code)
+    )
+    source, spec, known = exported
+    with show.steps() as say:
         if out.suffix == ".pt2":
-            example = _raw_example(num_queries, num_classes) if model == "post" else None
-            _print_package(package(source, example, out, spec, image_size=_size(size), progress=say))
+            example = _raw_example(num_queries, num_classes) if post else None
+            show.print_package(package(source, example, out, spec, image_size=image_size, progress=say, **known))
             return
         written = (to_openvino if out.suffix == ".xml" else to_onnx)(
             source,
@@ -258,7 +250,7 @@ def export(
             spec,
             num_queries=num_queries,
             num_classes=num_classes,
-            image_size=_size(size),
+            image_size=image_size,
             dynamic_batch=not static_batch,
             dynamic_size=dynamic_size,
             io=cast(Any, io),
@@ -269,8 +261,9 @@ def export(
             opset=opset,
             exporter=cast(Any, exporter),
             progress=say,
+            **known,
         )
-    _print_written(written)
+    show.print_written(written)
 
 
 @app.command()
@@ -291,14 +284,16 @@ def attach(
     std: Annotated[str | None, typer.Option(help="Divides them then, as 0.229,0.224,0.225.")] = None,
 ) -> None:
     """Put post-processing behind an ONNX detector that someone else exported."""
+    check_file(src)
+    spec = DecodeSpec.preset(preset, **_given(top_k=top_k, score_threshold=score_threshold))
     from detpost.export import attach as attach_file
 
     preprocessing = _preprocessing(_size(size), mean, std)
-    with steps() as say:
+    with show.steps() as say:
         written = attach_file(
             src,
             out,
-            _spec(preset, _given(top_k=top_k, score_threshold=score_threshold)),
+            spec,
             logits=logits,
             boxes=boxes,
             io=cast(Any, io),
@@ -310,7 +305,7 @@ def attach(
             preprocessing=preprocessing,
             progress=say,
         )
-    _print_written(written)
+    show.print_written(written)
 
 
 @app.command()
@@ -322,119 +317,18 @@ def verify(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the report as JSON.")] = None,
 ) -> None:
     """Compare two artifacts; exit status 1 on any difference."""
+    for name in (artifact, reference):
+        if name not in presets():
+            look_up(name)
     from detpost.verify import verify as verify_artifacts
 
-    with steps() as say:
+    with show.steps() as say:
         report = verify_artifacts(artifact, reference, images=images, threshold=threshold, progress=say)
     if json_file is not None:
         json_file.write_text(report.to_json() + "\n")
-    console.print(str(report), highlight=False, markup=False, soft_wrap=True)
+    show.console.print(str(report), highlight=False, markup=False, soft_wrap=True)
     if not report.ok:
         raise typer.Exit(1)
-
-
-@contextlib.contextmanager
-def _progress(what: str, quiet: bool = False) -> Iterator[Callable[[int, int], None]]:
-    """Show how far a run is, its rate and the time left; on a terminal as a bar, elsewhere as a line now and then."""
-    import time
-
-    from rich import progress
-
-    if quiet or not console.is_terminal:
-        began, before, last = 0.0, -1, 0.0
-
-        def line(done: int, total: int) -> None:
-            nonlocal began, before, last
-            now = time.monotonic()
-            if before < 0:
-                began, before = now, done
-            if quiet or (now - last < 5 and before < done < total):
-                return
-            last = now
-            rate = (done - before) / (now - began) if done > before and now > began else 0.0
-            pace = f", {rate:.1f}/s, {_clock((total - done) / rate)} left" if rate else ""
-            console.print(f"... {done} of {total} {what}{pace}", highlight=False)
-
-        yield line
-        return
-    columns = [
-        progress.TextColumn(what),
-        progress.BarColumn(),
-        progress.MofNCompleteColumn(),
-        progress.TextColumn("{task.fields[rate]}"),
-        progress.TimeRemainingColumn(compact=True),
-    ]
-    with progress.Progress(*columns, console=console) as bar:
-        tasks: list[progress.TaskID] = []
-
-        def advance(done: int, total: int) -> None:
-            if not tasks:  # added with what an earlier run did, which then does not count as this one's speed
-                tasks.append(bar.add_task(what, total=total, completed=done, rate=""))
-            speed = bar.tasks[0].speed
-            bar.update(tasks[0], completed=done, rate=f"{speed:.1f}/s" if speed else "")
-
-        yield advance
-
-
-@contextlib.contextmanager
-def _resumable(out: Path | None) -> Iterator[None]:
-    """On Ctrl-C say how to go on, in place of a stack trace."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        kept = f"; what is finished is in {out}, the same command goes on from there" if out is not None else ""
-        Console(stderr=True, soft_wrap=True).print(f"interrupted{kept}", highlight=False, markup=False)
-        raise typer.Exit(130) from None
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes}:{rest:02}"
-
-
-def _shown(name: str) -> str:
-    """Show a file name on one line, whatever is in it."""
-    return name if name.isprintable() else ascii(name)
-
-
-def _print_skipped(summary: Any, most: int = 20) -> None:
-    for name, reason in summary.skipped[:most]:
-        console.print(f"skipped {_shown(name)}: {_shown(reason)}", highlight=False, markup=False, soft_wrap=True)
-    if len(summary.skipped) > most:
-        console.print(f"... and {len(summary.skipped) - most} more, all in skipped.csv", highlight=False)
-
-
-def _print_summary(summary: Any) -> None:
-    _print_skipped(summary)
-    if summary.uncategorised:
-        console.print(f"{summary.uncategorised} detections are of no category of the annotations", highlight=False)
-    count = f"{summary.images} images: {summary.finished} now, {summary.resumed} before, {len(summary.skipped)} skipped"
-    if not summary.changed:
-        count = f"nothing to do: all {summary.images} images are finished, {len(summary.skipped)} of them skipped"
-    files = ", ".join(str(file) for file in summary.files if file.name != "skipped.csv")
-    line = f"{count}; {summary.detections} detections in {files}"
-    console.print(line, highlight=False, markup=False, soft_wrap=True)
-
-
-def _print_evaluation(found: Any, per_class: bool) -> None:
-    for note in found.notes:
-        console.print(f"- {note}", highlight=False, markup=False, soft_wrap=True)
-    title = f"{found.iou_type}: {found.images} images, {found.annotations} annotations, {found.results} results"
-    table = Table("", "IoU", "area", "most per image", "value", title=title, title_justify="left")
-    areas = {"s": "small", "m": "medium", "l": "large"}
-    for name, value in found.metrics.items():
-        overlap = {"AP50": "0.50", "AP75": "0.75"}.get(name, "0.50:0.95")
-        most = name[2:] if name[2:].isdigit() and name.startswith("AR") else str(found.max_dets[-1])
-        table.add_row(name, overlap, areas.get(name[-1], "all"), most, f"{value:.3f}")
-    console.print(table)
-    if per_class:
-        classes = Table("category", "name", "annotations", "AP", "AP50", "AP75")
-        for row in found.classes:
-            values = (f"{value:.3f}" for value in (row.ap, row.ap50, row.ap75))
-            classes.add_row(str(row.category_id), _shown(row.name), str(row.annotations), *values)
-        console.print(classes)
-    if min(found.metrics.values()) < 0:
-        console.print("-1: there is no ground truth of that size", highlight=False)
 
 
 def _counts(text: str) -> list[int]:
@@ -448,19 +342,19 @@ def _given(**options: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def _spec(preset: str, overrides: dict[str, Any]) -> DecodeSpec:
-    return DecodeSpec.preset(preset, **overrides)
-
-
-def _spec_for(model: str, preset: str | None, overrides: dict[str, Any]) -> DecodeSpec | None:
-    """The spec of a transformers detector: the preset asked for, else its family's, with the options given."""
-    if preset is not None:
-        return _spec(preset, overrides)
-    if not overrides:
-        return None
+def _detector(
+    model: str, preset: str | None, overrides: dict[str, Any], trust_remote_code: bool
+) -> tuple[Any, DecodeSpec | None, dict[str, Any]]:
+    """Give what to export, its spec where the options say one, and what a loaded network no longer says of itself."""
+    if preset is not None and not trust_remote_code:
+        return model, DecodeSpec.preset(preset, **overrides), {}
+    if not overrides and not trust_remote_code:
+        return model, None, {}
     from detpost.integrations.transformers import load_detector
 
-    return replace(load_detector(model).spec, **overrides)
+    loaded = load_detector(model, trust_remote_code=trust_remote_code)
+    spec = replace(loaded.spec, **overrides) if preset is None else DecodeSpec.preset(preset, **overrides)
+    return loaded.model, spec, {"preprocessing": loaded.export_preprocessing, "class_names": loaded.class_names}
 
 
 def _preprocessing(size: tuple[int, int] | None, mean: str | None, std: str | None) -> Any:
@@ -497,19 +391,6 @@ def _raw_example(num_queries: int | None, num_classes: int | None) -> Any:
     if num_queries is None or num_classes is None:
         raise ValueError("a bare decode needs --num-queries and --num-classes")
     return torch.zeros(2, num_queries, num_classes), torch.zeros(2, num_queries, 4)
-
-
-def _print_package(written: Any) -> None:
-    names = f"inputs {', '.join(written.inputs)}; outputs {', '.join(written.outputs)}"
-    console.print(f"{written.path}: {written.kind}, {names}", highlight=False, soft_wrap=True)
-
-
-def _print_written(written: Any) -> None:
-    for note in written.notes:
-        console.print(f"- {note}", highlight=False, markup=False, soft_wrap=True)
-    names = f"inputs {', '.join(written.inputs)}; outputs {', '.join(written.outputs)}"
-    opset = f"opset {written.opset}, " if hasattr(written, "opset") else ""
-    console.print(f"{written.path}: {opset}{names}", highlight=False, soft_wrap=True)
 
 
 def main() -> None:

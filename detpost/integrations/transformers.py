@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from detpost.images import Preprocessing
 from detpost.integrations.image_processors import patched, post_process_object_detection
-from detpost.spec import DecodeSpec
+from detpost.integrations.model_names import ModelName, look_up, spelled_alike
+from detpost.spec import DecodeSpec, has_preset
 
 __all__ = ["LoadedDetector", "load_detector", "patched", "post_process_object_detection"]
 
@@ -41,45 +42,46 @@ class LoadedDetector:
     prepare: Prepare
 
 
-def load_detector(source: str | Path) -> LoadedDetector:
+def load_detector(source: str | Path, *, trust_remote_code: bool = False) -> LoadedDetector:
     """Load a detector from a transformers directory or hub id, in float32 and evaluation mode.
 
     Args:
         source: ``"tiny"``, a directory with ``config.json`` and ``model.safetensors``, or a hub id.
             ``preprocessor_config.json`` may be missing: the family's defaults serve then, at the input size that the
             model's config names.
+        trust_remote_code: whether Python code that comes with the weights (``auto_map`` in ``config.json``) is run.
 
     Returns:
         The detector.
 
     Raises:
         ImportError: transformers is not installed.
-        ValueError: not a detector, or a family without a preset.
-        OSError: nothing at that place.
+        ValueError: not a detector, a family without a preset, or code that is not trusted.
+        OSError: nothing at that place, or files that cannot be read.
     """
+    found = look_up(source)
     try:
         import transformers
     except ImportError:
         raise ImportError("transformers detectors need transformers: pip install 'detpost[hf]'") from None
-    if source == "tiny":
-        from detpost.zoo import TINY
-
-        source = TINY
+    place = found.path or found.name
+    # Never None, with which transformers asks on the terminal.
+    trust = {"trust_remote_code": trust_remote_code}
     with _quiet():
-        try:
-            config = transformers.AutoConfig.from_pretrained(source)
-        except (OSError, ValueError) as error:
-            # transformers answers in a paragraph; its first sentence names the place.
-            reason = str(error).strip().splitlines()[0]
-            raise OSError(
-                f"no detector at {str(source)!r}, neither a file, a transformers directory nor a hub id: {reason}"
-            ) from error
-        spec = DecodeSpec.from_config(config)
-        # Safetensors alone: nothing is unpickled.
-        model = transformers.AutoModelForObjectDetection.from_pretrained(
-            source, dtype=torch.float32, use_safetensors=True
-        )
-        processor = _processor(source, config)
+        with _in_one_line(found):
+            config = transformers.AutoConfig.from_pretrained(place, **trust)
+        family = _family_of(config)
+        known = config if family == config.model_type else {**config.to_dict(), "model_type": family}
+        spec = DecodeSpec.from_config(known)
+        with _in_one_line(found):
+            # Safetensors alone: nothing is unpickled.
+            model, loading = transformers.AutoModelForObjectDetection.from_pretrained(
+                place, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **trust
+            )
+            missing = sorted(loading["missing_keys"])
+            if missing:  # transformers draws them at random and says so in a log
+                raise OSError(f"its weights lack {len(missing)} of the network's parameters, the first is {missing[0]}")
+            processor = _processor(place, config, family, trust)
     preprocessing = _fixed_size(processor)
     edge = int((processor.size or {}).get("shortest_edge") or 640)
     return LoadedDetector(
@@ -92,20 +94,48 @@ def load_detector(source: str | Path) -> LoadedDetector:
     )
 
 
-def _processor(source: str | Path, config: Any) -> Any:
-    import transformers
-
+@contextlib.contextmanager
+def _in_one_line(source: ModelName) -> Iterator[None]:
+    """Turn transformers' paragraphs into one line each, whose first sentence says what is wrong."""
     try:
-        return transformers.AutoImageProcessor.from_pretrained(source)
-    except (OSError, ValueError):
-        # No preprocessor_config.json. RT-DETR and its kin take plain 0..1 images of the size their anchors are made
-        # for; the others take the defaults of the original DETR, which all their processors share.
-        if config.model_type not in ("rt_detr", "rt_detr_v2", "d_fine", "deimv2"):
-            return transformers.DetrImageProcessor()
-        named = (getattr(config, name, None) for name in ("anchor_image_size", "eval_size"))
-        size = next((value for value in named if value), 640)
-        height, width = (size, size) if isinstance(size, int) else size
-        return transformers.RTDetrImageProcessor(size={"height": height, "width": width})
+        yield
+    except ImportError:
+        raise
+    # Damaged weights raise safetensors' own type, a config of the wrong form TypeError, KeyError and more.
+    except Exception as error:
+        if "trust_remote_code" in str(error):
+            raise ValueError(
+                f"{source.name!r} brings Python code of its own, which is not run: read it, and if you trust it take "
+                "--trust-remote-code (trust_remote_code=True)"
+            ) from error
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if source.kind == "hub":
+            reason = f"neither a file, a transformers directory nor a hub id: {reason}{spelled_alike(source.name)}"
+        raise OSError(f"no detector at {source.name!r}: {reason}") from error
+
+
+def _family_of(config: Any) -> str:
+    """Give the config's model_type, or that of the transformers class it derives from where it has none of ours."""
+    names = [str(config.model_type), *(str(getattr(parent, "model_type", "")) for parent in type(config).__mro__)]
+    return next((name for name in names if has_preset(name)), names[0])
+
+
+def _processor(place: str | Path, config: Any, family: str, trust: dict[str, bool]) -> Any:
+    import transformers
+    from transformers.utils import cached_file
+
+    # Asked for by name: a processor that is there and cannot be read must not be taken for one that is not.
+    names = ("preprocessor_config.json", "processor_config.json")
+    if any(cached_file(place, name, _raise_exceptions_for_missing_entries=False) for name in names):
+        return transformers.AutoImageProcessor.from_pretrained(place, **trust)
+    # RT-DETR's relatives take plain 0..1 images of the size their anchors are made for; the others take the defaults
+    # of the original DETR, which all their processors share.
+    if family not in ("rt_detr", "rt_detr_v2", "d_fine", "deimv2"):
+        return transformers.DetrImageProcessor()
+    named = (getattr(config, name, None) for name in ("anchor_image_size", "eval_size"))
+    size = next((value for value in named if value), 640)
+    height, width = (size, size) if isinstance(size, int) else size
+    return transformers.RTDetrImageProcessor(size={"height": height, "width": width})
 
 
 def _fixed_size(processor: Any) -> Preprocessing | None:

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import reprlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 __all__ = ["match_categories", "match_images", "read_annotations", "read_json"]
+
+_BRIEF = reprlib.Repr()
+_BRIEF.maxlist = _BRIEF.maxtuple = _BRIEF.maxdict = 8
+_BRIEF.maxstring = _BRIEF.maxother = _BRIEF.maxlong = 40
+_BRIEF.maxlevel = 3
 
 CATEGORY_RULES = ("auto", "name", "order", "label")
 
@@ -32,10 +38,24 @@ def read_json(path: str | Path) -> Any:
             return json.load(file)
     except FileNotFoundError:
         raise FileNotFoundError(f"no file {path}") from None
+    except RecursionError:
+        raise ValueError(f"{path} is nested too deeply: a COCO file has a few levels") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not JSON: {error.msg} in line {error.lineno}, column {error.colno}") from None
     except UnicodeDecodeError:
         raise ValueError(f"{path} is not JSON: it is not UTF-8 text") from None
+    except ValueError as error:  # a whole number of thousands of digits
+        raise ValueError(f"{path} cannot be read: {error}") from None
+
+
+def is_id(value: Any) -> bool:
+    """Tell a whole number of 64 bits from everything else, ``True`` and ``False`` included."""
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
+
+
+def brief(value: Any) -> str:
+    """Show a value of any form and size on one short line."""
+    return _BRIEF.repr(value)
 
 
 def read_annotations(path: str | Path) -> dict[str, Any]:
@@ -55,18 +75,23 @@ def read_annotations(path: str | Path) -> dict[str, Any]:
     data = read_json(path)
     if not isinstance(data, dict) or not isinstance(data.get("images"), list):
         raise ValueError(f"{path} is not a COCO annotation file: it must be an object with a list of images")
-    data = {"annotations": [], "categories": [], **data}
+    # Nothing else counts, and what is not kept cannot be odd.
+    data = {name: data.get(name, []) for name in ("images", "annotations", "categories")}
     for name in ("images", "annotations", "categories"):
         rows = data[name]
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
             raise ValueError(f"{path} is not a COCO annotation file: {name} must be a list of objects")
-        lacking = sum(not isinstance(row.get("id"), int) for row in rows)
+        lacking = sum(not is_id(row.get("id")) for row in rows)
         # Annotations may be numbered afterwards; images and categories are referred to.
         if lacking and not (name == "annotations" and all("id" not in row for row in rows)):
             raise ValueError(f"{path}: {lacking} of {len(rows)} {name} have no whole number as id")
         twice = [key for key, count in Counter(row.get("id") for row in rows).items() if count > 1 and key is not None]
         if twice:
             raise ValueError(f"{path}: {len(twice)} ids stand more than once in {name}, the first is {twice[0]}")
+    for rows, name in ((data["images"], "file_name"), (data["categories"], "name")):
+        for row in rows:
+            if name in row and not isinstance(row[name], (str, int)):
+                raise ValueError(f"{path}: the {name} of id {row['id']} must be text; got {brief(row[name])}")
     return data
 
 

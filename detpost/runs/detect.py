@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from detpost.images import read_image
+from detpost.integrations.model_names import look_up, spelled_alike
 from detpost.runs.coco import match_images, read_annotations
 from detpost.runs.journal import Journal
 from detpost.runs.listing import MARKER, Listing, find_images
@@ -52,7 +53,7 @@ class Summary:
         resumed: how many were finished before.
         detections: rows in the results.
         uncategorised: rows left out of the COCO file because the annotations have no category for their class.
-        skipped: images without a result, of this run and of those before it.
+        skipped: images without a result, of this run and of those before it, and folders that could not be looked into.
         files: what the results were written to.
         changed: whether anything was detected, drawn or written.
     """
@@ -83,6 +84,7 @@ def detect(
     fresh: bool = False,
     max_pixels: int = MAX_PIXELS,
     workers: int | None = None,
+    trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> Summary:
     """Detect in images and write the results; go on where an earlier run into the same folder stopped.
@@ -109,6 +111,7 @@ def detect(
         fresh: drop what an earlier run left, and start over.
         max_pixels: images with more are skipped.
         workers: threads that decode; ``None`` takes one for each core, at most 4.
+        trust_remote_code: as :meth:`detpost.Detector.load` takes it.
         progress: called with how many images are done and how many there are, at the start and after each batch.
 
     Returns:
@@ -128,11 +131,11 @@ def detect(
         4
     """
     _check_arguments(batch_size, threshold, formats, max_pixels, workers)
-    root, names = images if isinstance(images, Listing) else find_images(images)
+    root, names, unread = images if isinstance(images, Listing) else find_images(images)
     truth = None if annotations is None else read_annotations(annotations)
     given_ids = None if truth is None else match_images(truth["images"], names, str(annotations))
     folder = Path(out)
-    settings = _settings(model, backend, threshold)
+    settings = _settings(model, backend, threshold, trust_remote_code)
     folder.mkdir(parents=True, exist_ok=True)
     tell = progress or (lambda done, total: None)
     with Journal(folder / JOURNAL) as journal, _pillow_without_limit():
@@ -141,14 +144,14 @@ def detect(
         pending = [name for name in names if fresh or not _is_finished(journal, root, name)]
         resumed = len(names) - len(pending)
         if pending:
-            detector = _load(model, backend, device, threshold)
+            detector = _load(model, backend, device, threshold, trust_remote_code)
             _begin(journal, settings, detector, folder, fresh)
             shelf = _Shelf.make(folder, names) if draw else None
             tell(resumed, len(names))
             work = _Work(root, batch_size, max_pixels, workers or min(4, os.cpu_count() or 1))
             _run(detector, journal, work, names, pending, shelf, lambda done: tell(resumed + done, len(names)))
         drawn = _draw_missing(journal, root, names, _Shelf.make(folder, names), max_pixels) if draw else 0
-        report = Report(journal, names, given_ids, truth, categories)
+        report = Report(journal, names, given_ids, truth, categories, unread)
         files, written = report.write(folder, formats)
         return Summary(
             images=len(names),
@@ -178,35 +181,32 @@ def _check_arguments(
 # --- settings ---------------------------------------------------------------------------------------------------------
 
 
-def _settings(model: str | Path, backend: str, threshold: float) -> dict[str, Any]:
+def _settings(model: str | Path, backend: str, threshold: float, trust_remote_code: bool = False) -> dict[str, Any]:
     """Give what decides the results, without loading the model."""
-    path = Path(model)
-    from_file = path.suffix in (".onnx", ".xml", ".pt2")
-    if from_file and not path.is_file():
-        raise FileNotFoundError(f"no file {model}")
-    local = path.exists() or str(model) == "tiny"
-    identity = _digest(_model_files(model)) if local else f"commit {_hub_commit(str(model))}"
+    found = look_up(model)
+    identity = (
+        f"commit {_hub_commit(found.name)}"
+        if found.path is None
+        else _digest(_model_files(found.path, trust_remote_code))
+    )
     return {
-        "model": str(model),
+        "model": found.name,
         "model_identity": identity,
-        "backend": path.suffix[1:] if from_file else backend,  # a file's format decides for itself
+        # A file's format decides for itself.
+        "backend": found.path.suffix[1:] if found.kind == "file" and found.path else backend,
         "threshold": threshold,
     }
 
 
-def _model_files(model: str | Path) -> list[Path]:
+def _model_files(path: Path, trust_remote_code: bool) -> list[Path]:
     """List the files that make a model what it is."""
-    path = Path(model)
     if path.is_file():
         # Weights beside the graph: OpenVINO's .bin, and ONNX's external data in the usual spellings.
         beside = [path.with_suffix(".bin")] if path.suffix == ".xml" else []
         beside = [*beside, *(path.with_name(path.name + ending) for ending in (".data", "_data"))]
         return [path, *(file for file in beside if file.is_file())]
-    if str(model) == "tiny":
-        from detpost.zoo import TINY
-
-        path = TINY
-    return sorted(file for ending in ("*.json", "*.safetensors") for file in path.glob(ending))
+    endings = ["*.json", "*.safetensors", *(["*.py"] if trust_remote_code else [])]
+    return sorted(file for ending in endings for file in path.glob(ending))
 
 
 def _hub_commit(name: str) -> str:
@@ -221,6 +221,7 @@ def _hub_commit(name: str) -> str:
         reason = str(error).strip().splitlines()[0]
         raise OSError(
             f"no detector at {name!r}, neither a file, a transformers directory nor a hub id: {reason}"
+            f"{spelled_alike(name)}"
         ) from error
     return found.parent.name if found.parent.parent.name == "snapshots" else "unknown"
 
@@ -246,10 +247,12 @@ def _check_settings(journal: Journal, settings: Mapping[str, Any], folder: Path)
             raise ValueError(f"{folder} holds a run with other settings ({other}): take another folder, or --fresh")
 
 
-def _load(model: str | Path, backend: str, device: str | None, threshold: float) -> Detector:
+def _load(model: str | Path, backend: str, device: str | None, threshold: float, trust_remote_code: bool) -> Detector:
     from detpost.detector import Detector
 
-    return Detector.load(model, backend=backend, device=device, threshold=threshold)
+    return Detector.load(
+        model, backend=backend, device=device, threshold=threshold, trust_remote_code=trust_remote_code
+    )
 
 
 def _begin(journal: Journal, settings: dict[str, Any], detector: Detector, folder: Path, fresh: bool) -> None:

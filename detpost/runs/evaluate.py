@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from detpost.runs.coco import read_annotations, read_json
-from detpost.runs.detect import Summary, detect
+from detpost.runs.coco import brief, read_json
+from detpost.runs.coco_rows import ground_truth, result_rows
 from detpost.runs.listing import Listing
+
+if TYPE_CHECKING:
+    from detpost.runs.detect import Summary
 
 __all__ = ["METRICS", "ClassPrecision", "Evaluation", "evaluate", "evaluate_model"]
 
@@ -117,9 +119,9 @@ def evaluate(
     counts = [int(count) for count in max_dets]
     if len(counts) != 3 or counts != sorted(set(counts)) or counts[0] < 1:
         raise ValueError(f"max_dets must be three ascending counts, as 1 10 100; got {list(max_dets)}")
-    truth, notes = _ground_truth(annotations, iou_type)
+    truth, notes = ground_truth(annotations, iou_type)
     source = "the results" if not isinstance(results, (str, Path)) else str(results)
-    rows = _checked_rows(read_json(results) if isinstance(results, (str, Path)) else results, source, iou_type)
+    rows = result_rows(read_json(results) if isinstance(results, (str, Path)) else results, source, iou_type)
     known = {image["id"] for image in truth["images"]}
     strangers = sorted({row["image_id"] for row in rows} - known, key=str)
     if strangers:
@@ -177,7 +179,9 @@ def evaluate_model(
         >>> found.metrics["AP50"] > 0.5
         True
     """
-    truth, _ = _ground_truth(annotations, "bbox")
+    from detpost.runs.detect import detect
+
+    truth, _ = ground_truth(annotations, "bbox")
     listing = _listing(truth["images"], Path(images), annotations)
     _import_faster_coco_eval()  # before hours of detection, not after
     with tempfile.TemporaryDirectory(prefix="detpost-") as temporary:
@@ -193,7 +197,7 @@ def _listing(images: Sequence[Mapping[str, Any]], folder: Path, annotations: str
     missing: list[str] = []
     for image in images:
         if not isinstance(image.get("file_name"), str):
-            raise ValueError(f"{annotations}: image {image['id']} has no file_name")
+            raise ValueError(f"{annotations}: image {image['id']} has no file_name but {brief(image.get('file_name'))}")
         name = image["file_name"]
         place = next((n for n in (name, os.path.basename(name)) if os.path.lexists(folder / n)), None)
         (missing if place is None else names).append(place or name)
@@ -202,66 +206,6 @@ def _listing(images: Sequence[Mapping[str, Any]], folder: Path, annotations: str
             f"{len(missing)} of {len(images)} images of {annotations} are not in {folder}, the first is {missing[0]!r}"
         )
     return Listing(folder, sorted(names))
-
-
-def _ground_truth(path: str | Path, iou_type: str) -> tuple[dict[str, Any], list[str]]:
-    """Read a ground truth, with what pycocotools needs of each annotation filled in."""
-    truth = read_annotations(path)
-    rows = truth["annotations"]
-    if not rows:
-        raise ValueError(f"{path} has no annotations: there is nothing to measure against")
-    images = {image["id"] for image in truth["images"]}
-    categories = {category["id"] for category in truth["categories"]}
-    lost = [row for row in rows if row.get("image_id") not in images or row.get("category_id") not in categories]
-    if lost:
-        raise ValueError(f"{path}: {len(lost)} annotations are of no image or category of it, the first is {lost[0]}")
-    shapeless = [row for row in rows if not _is_box(row.get("bbox")) or (iou_type == "segm" and not _mask_of(row))]
-    if shapeless:
-        needed = "bbox and segmentation" if iou_type == "segm" else "bbox"
-        raise ValueError(f"{path}: {len(shapeless)} annotations have no {needed}, the first has {list(shapeless[0])}")
-    filled = [
-        {"id": number, "iscrowd": 0, "area": row["bbox"][2] * row["bbox"][3], **row}
-        for number, row in enumerate(rows, start=1)
-    ]
-    notes = []
-    if any(row["id"] == 0 for row in filled):
-        notes.append(f"{path} has an annotation with id 0, which COCO's evaluation takes for no match: number from 1")
-    return {**truth, "annotations": filled}, notes
-
-
-def _checked_rows(rows: Any, source: str, iou_type: str) -> list[dict[str, Any]]:
-    """Check results, and give copies: the evaluation writes into them."""
-    if isinstance(rows, Mapping) or not isinstance(rows, Sequence) or not all(isinstance(row, Mapping) for row in rows):
-        raise ValueError(f"{source} is not a COCO results file: it must be a list of objects")
-    shapes = {"bbox": ("bbox", "segmentation"), "segm": ("segmentation",)}[iou_type]
-    for number, row in enumerate(rows, start=1):
-        lacking = [name for name in ("image_id", "category_id", "score") if name not in row]
-        if not any(row.get(shape) for shape in shapes):
-            lacking = [*lacking, " or ".join(shapes)]
-        if lacking:
-            raise ValueError(f"{source}: result {number} has no {' and no '.join(lacking)}; it has {sorted(row)}")
-        if "bbox" in row and not _is_box(row["bbox"]):
-            raise ValueError(f"{source}: the bbox of result {number} must be x, y, width, height; got {row['bbox']!r}")
-        if not _is_number(row["score"]):
-            raise ValueError(f"{source}: the score of result {number} must be a number; got {row['score']!r}")
-        if not isinstance(row["image_id"], int) or not isinstance(row["category_id"], int):
-            raise ValueError(f"{source}: result {number} must have whole numbers as image_id and category_id")
-    kept = ("image_id", "category_id", "score", *shapes)
-    # Whether a row's box comes from its mask is decided by the first row: keep boxes only where every row has one.
-    boxes = all("bbox" in row for row in rows)
-    return [{name: row[name] for name in kept if name in row and (name != "bbox" or boxes)} for row in rows]
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _is_box(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) and len(value) == 4 and all(_is_number(number) for number in value)
-
-
-def _mask_of(row: Mapping[str, Any]) -> Any:
-    return row.get("segmentation")
 
 
 def _import_faster_coco_eval() -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -56,10 +57,8 @@ class Journal:
         self.path = path
         self.header: dict[str, Any] | None = None
         self.entries: dict[str, Entry] = {}
-        # Unbuffered: a line is in the file, or at its end in part, and nowhere else.
-        self._file = path.open("a+b", buffering=0)
+        self._file, self._locked = _open_locked(path)
         try:
-            _lock(self._file, path)
             self._recover()
         except BaseException:
             self._file.close()
@@ -102,9 +101,13 @@ class Journal:
 
     def close(self) -> None:
         """Give the lock back; a journal that nothing was written to goes."""
-        if self.header is None:
+        if self._file.closed:
+            return
+        if self.header is None and self._locked:  # once the lock is given back, it may be another run's
             self.path.unlink(missing_ok=True)
         self._file.close()
+        if self.header is None and not self._locked:  # Windows removes no file that is open
+            self.path.unlink(missing_ok=True)
 
     def _write(self, data: bytes) -> None:
         rest = memoryview(data)
@@ -161,14 +164,38 @@ def _parse(line: bytes) -> dict[str, Any] | None:
     return row if isinstance(row, dict) and ("journal" in row or needed <= row.keys()) else None
 
 
-def _lock(file: Any, path: Path) -> None:
+def _open_locked(path: Path) -> tuple[io.FileIO, bool]:
+    """Open the file and lock it, and tell whether there is a lock."""
+    while True:
+        # Unbuffered: a line is in the file, or at its end in part, and nowhere else.
+        file = path.open("a+b", buffering=0)
+        try:
+            locked = _lock(file, path)
+            if not locked or _is_at(file, path):
+                return file, locked
+        except BaseException:
+            file.close()
+            raise
+        file.close()  # a run that ended at this moment removed the file between our opening and our locking it
+
+
+def _lock(file: io.FileIO, path: Path) -> bool:
     try:
         import fcntl
     except ImportError:  # Windows: two runs in one folder are then the user's to avoid
-        return
+        return False
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise ValueError(f"another run is writing to {path.parent}: wait for it, or take another folder") from None
     except OSError:  # a file system without locks
-        return
+        return False
+    return True
+
+
+def _is_at(file: io.FileIO, path: Path) -> bool:
+    """Whether the open file is still the one at its place."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False

@@ -51,11 +51,12 @@ class Report:
         given_ids: Mapping[str, int] | None,
         truth: Mapping[str, Any] | None,
         categories: str,
+        unread: Sequence[tuple[str, str]] = (),
     ) -> None:
         self.journal = journal
         self.names = names
         self.given_ids = given_ids
-        self.skipped: list[Skipped] = []
+        self.skipped = [Skipped(*each) for each in unread]
         self.detections = 0
         self.uncategorised = 0
         assert journal.header is not None

@@ -1,11 +1,14 @@
 """The command as a user types it."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+import detpost
 from detpost.command.cli import app, main
 from detpost.command.doctor import examine
 from detpost.zoo import sample_images
@@ -118,3 +121,20 @@ def test_a_users_error_is_one_line_and_status_2(arguments, pattern, monkeypatch,
     assert pattern in captured.err
     assert len(captured.err.strip().splitlines()) == 1
     assert not list(tmp_path.glob("*.onnx"))
+
+
+@pytest.mark.parametrize("arguments", [[], ["detect"], ["evaluate"], ["export"], ["check"]], ids=str)
+def test_help_and_version_import_neither_torch_nor_numpy(arguments):
+    program = (
+        "import atexit, sys\n"
+        "slow = {'torch', 'numpy', 'PIL', 'transformers', 'onnx'}\n"
+        "atexit.register(lambda: print('imported', sorted(slow & set(sys.modules))))\n"
+        "from detpost.command.cli import main\n"
+        "main()"
+    )
+    asked = ["--help"] if arguments else ["--version", "--help"]
+    for option in asked:
+        shown = subprocess.run([sys.executable, "-c", program, *arguments, option], capture_output=True, text=True)
+        assert shown.returncode == 0, shown.stderr
+        assert shown.stdout.rstrip().endswith("imported []")
+        assert ("detpost " + detpost.__version__ if option == "--version" else "Usage:") in shown.stdout

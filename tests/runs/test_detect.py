@@ -44,7 +44,7 @@ def quick(detector, monkeypatch):
             seen.append(len(images))
             return detector.predict(images, batch_size)
 
-    def load(model, backend, device, threshold):
+    def load(model, backend, device, threshold, trust_remote_code):
         detector.threshold = threshold
         return Counting()
 

@@ -211,6 +211,15 @@ def test_what_cannot_be_evaluated_is_one_line_and_status_2(write, truth, results
         raise ValueError(error)
 
 
+def test_nesting_that_is_too_deep_is_one_line(write):
+    deep = "[" * 100_000 + "]" * 100_000
+    with pytest.raises(ValueError, match=r"gt.json is nested too deeply") as caught:
+        evaluate(write("gt.json", '{"images": ' + deep + "}"), [ROW])
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match=r"results.json is nested too deeply"):
+        evaluate(write("gt.json", BASE), write("results.json", '{"a":' * 5000))
+
+
 @pytest.mark.parametrize(
     ("options", "pattern"),
     [

@@ -1,7 +1,12 @@
 """Cut anywhere, a journal holds whole batches and nothing else."""
 
+import os
+import sys
+from pathlib import Path
+
 import pytest
 
+import detpost.runs.journal as subject
 from detpost.runs.journal import Journal
 
 
@@ -65,3 +70,50 @@ def test_two_cannot_write_at_once(tmp_path):
             Journal(tmp_path / "journal")
         assert "\n" not in str(caught.value)
     Journal(tmp_path / "journal").close()
+
+
+def test_where_open_files_cannot_be_removed_an_empty_journal_goes_once_it_is_closed(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "fcntl", None)  # as on Windows
+    journal = Journal(tmp_path / "journal")
+    unlink = Path.unlink
+
+    def as_on_windows(path, missing_ok=False):
+        if not journal._file.closed:
+            raise PermissionError(13, "The process cannot access the file because it is being used", str(path))
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", as_on_windows)
+    journal.close()
+    assert not (tmp_path / "journal").exists()
+    journal.close()  # once more is nothing
+
+
+def test_an_empty_journal_goes_while_its_lock_holds(tmp_path, monkeypatch):
+    unlink, seen = Path.unlink, []
+
+    def another_run_starts(path, missing_ok=False):
+        with pytest.raises(ValueError, match="another run is writing to"):
+            Journal(tmp_path / "journal")
+        seen.append(path)
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", another_run_starts)
+    Journal(tmp_path / "journal").close()
+    assert seen == [tmp_path / "journal"]
+
+
+def test_a_journal_removed_between_opening_and_locking_is_opened_anew(tmp_path, monkeypatch):
+    lock, calls = subject._lock, []
+
+    def the_other_run_ends_first(file, path):
+        calls.append(path)
+        if len(calls) == 1:
+            os.unlink(path)
+        return lock(file, path)
+
+    monkeypatch.setattr(subject, "_lock", the_other_run_ends_first)
+    with Journal(tmp_path / "journal") as journal:
+        journal.start({})
+        journal.append([row("a", 1)])
+        assert [each["file_name"] for each in journal.rows(["a"])] == ["a"]
+    assert len(calls) == 2
