@@ -1,47 +1,31 @@
-"""The static half: finds in-place writes in source code, without running or importing it."""
+"""The static half: find in-place writes, host waits and moving shapes in source, without running or importing it."""
 
 from __future__ import annotations
 
 import ast
+import contextlib
 import io
 import re
 import tokenize
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from detpost.purity.inference import Imports, Kind, Scope, annotation_kind, dotted, indexes_an_array, parameter_kinds
+from detpost.purity.kinds import Function, Kind, Scope, annotated, dotted, imported, indexes_an_array, parameters
 from detpost.purity.report import Finding, PurityReport, ordered
-from detpost.purity.rules import allowed_codes
-from detpost.purity.vocabulary import (
-    NO_WRITE,
-    WRITING_METHODS,
-)
+from detpost.purity.rules import Severity, allowed_codes
 
-Function = ast.FunctionDef | ast.AsyncFunctionDef
 # A layer or activation handed in under its own or a general name: `relu_type(inplace=True)`.
-LAYER_NAME = re.compile(r"relu|elu|act|dropout|silu|swish|mish|sigmoid|tanh|threshold|norm|layer", re.IGNORECASE)
-
-_SYMBOLS: dict[type[ast.operator], str] = {
-    ast.Add: "+=",
-    ast.Sub: "-=",
-    ast.Mult: "*=",
-    ast.Div: "/=",
-    ast.FloorDiv: "//=",
-    ast.Mod: "%=",
-    ast.Pow: "**=",
-    ast.BitAnd: "&=",
-    ast.BitOr: "|=",
-    ast.BitXor: "^=",
-    ast.LShift: "<<=",
-    ast.RShift: ">>=",
-}  # `@=` is missing: tensors have no in-place matrix product, so it makes a new one
+_LAYER_NAME = re.compile(r"relu|elu|act|dropout|silu|swish|mish|sigmoid|tanh|threshold|norm|layer", re.IGNORECASE)
+_HARMLESS = frozenset({"_", "rename_", "requires_grad_", "share_memory_"})  # they end in "_" and write no values
+_SHAPES = frozenset({"argwhere", "masked_select", "nonzero", "unique", "unique_consecutive"})
 
 
 def check_source(source: str, file: str = "<source>") -> tuple[Finding, ...]:
-    """Finds in-place writes to tensors in source code.
+    """Find in-place writes to tensors, host waits and shapes that depend on values in source code.
 
-    How it tells tensors from numbers stands at the top of ``detpost.purity.inference``. ``torch.nn.init`` inside a
-    function whose name speaks of initialising or resetting is how parameters get their first values, and is left alone.
+    How it tells tensors from other things stands at the top of ``detpost.purity.kinds``. A write to a tensor that the
+    function made itself is a note, everything else an error. ``torch.nn.init`` inside a function whose name speaks of
+    initialising or resetting is how parameters get their first values, and is left alone.
 
     Args:
         source: Python source.
@@ -64,15 +48,15 @@ def check_source(source: str, file: str = "<source>") -> tuple[Finding, ...]:
         [('DP001', 5)]
     """
     tree = ast.parse(source, filename=file)
-    visitor = _Visitor(tree, source.splitlines(), file)
-    visitor.run()
-    allowed = _allowances(tree, source)
-    kept = [f for f in visitor.findings.values() if f.rule not in allowed.get(f.line or 0, frozenset())]
+    reader = _Reader(tree, source.splitlines(), file)
+    reader.block(tree.body, reader.scope)
+    allowed = allowances(source)
+    kept = [f for f in reader.findings.values() if f.rule not in allowed.get(f.line or 0, frozenset())]
     return tuple(sorted(kept, key=lambda finding: (finding.line or 0, finding.rule)))
 
 
 def check_paths(paths: Iterable[Path | str]) -> list[PurityReport]:
-    """Runs the static half over files and folders.
+    """Run the static half over files and folders.
 
     Args:
         paths: Python files, or folders to search for them; hidden folders and caches are passed over.
@@ -95,78 +79,44 @@ def _files(paths: Iterable[Path | str]) -> Iterator[Path]:
     for given in map(Path, paths):
         if not given.exists():
             raise FileNotFoundError(f"no file or folder named {given}")
-        if given.is_file():
-            yield given
-            continue
-        for path in sorted(given.rglob("*.py")):
+        for path in [given] if given.is_file() else sorted(given.rglob("*.py")):
             inner = path.relative_to(given).parts
             if not any(part.startswith(".") or part == "__pycache__" for part in inner):
                 yield path
 
 
 def allowances(source: str) -> dict[int, frozenset[str]]:
-    r"""Which rules are allowed on which lines.
+    """Tell which rules are allowed on which lines of a source; nothing for one that does not parse.
 
-    A comment counts for every line of the simple statement it stands in, and for the header of a compound one.
-
-    Args:
-        source: Python source.
-
-    Returns:
-        Rule codes by line; empty for source that does not parse.
-
-    Examples:
-        >>> allowances("x = 1\ny += 1  # detpost: allow DP001")
-        {2: frozenset({'DP001'})}
+    A comment counts for every line of the simple statement it stands in, and for the head of a compound one.
     """
+    comments: dict[int, frozenset[str]] = {}
     if "detpost:" not in source:
-        return {}
-    try:
-        return _allowances(ast.parse(source), source)
-    except (SyntaxError, ValueError):
-        return {}
-
-
-def _allowances(tree: ast.AST, source: str) -> dict[int, frozenset[str]]:
-    by_line: dict[int, frozenset[str]] = {}
-    try:
+        return comments
+    with contextlib.suppress(SyntaxError, ValueError, tokenize.TokenError):
         for token in tokenize.generate_tokens(io.StringIO(source).readline):
             if token.type == tokenize.COMMENT and (codes := allowed_codes(token.string)):
-                by_line.update({token.start[0]: codes})
-    except (tokenize.TokenError, IndentationError):
-        return by_line
-    if not by_line:
-        return {}
-    spread = dict(by_line)
-    for node in ast.walk(tree):
-        if not isinstance(node, ast.stmt):
-            continue
-        body = getattr(node, "body", None)
-        end = body[0].lineno - 1 if isinstance(body, list) and body else node.end_lineno or node.lineno
-        lines = range(node.lineno, end + 1)
-        codes = frozenset(code for line in lines for code in by_line.get(line, ()))
-        if codes:
-            spread.update({line: spread.get(line, frozenset()) | codes for line in lines})
-    return spread
+                comments.update({token.start[0]: codes})
+        spread = dict(comments)
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.stmt):
+                body = getattr(node, "body", None)
+                end = body[0].lineno - 1 if isinstance(body, list) and body else node.end_lineno or node.lineno
+                lines = range(node.lineno, end + 1)
+                codes = frozenset[str]().union(*(comments.get(line, ()) for line in lines))
+                spread.update({line: spread.get(line, frozenset()) | codes for line in lines})
+        return spread
+    return {}
 
 
-class _Visitor:
-    """Walks functions statement by statement, carrying the kinds of names along."""
+class _Reader:
+    """Read statement by statement, and carry the kinds of names along."""
 
     def __init__(self, tree: ast.Module, lines: list[str], file: str) -> None:
-        self.tree, self.lines, self.file = tree, lines, file
-        self.imports = Imports.of(tree)
+        self.lines, self.file, self.function = lines, file, ""
         self.findings: dict[tuple[str, int, int], Finding] = {}
-        self.returns = {
-            node.name: annotation_kind(node.returns)
-            for node in ast.walk(tree)
-            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-        }
-        self.function = ""
-
-    def run(self) -> None:
-        """Visits the whole file."""
-        self.block(self.tree.body, Scope(self.imports, returns=self.returns))
+        functions = [node for node in ast.walk(tree) if isinstance(node, Function)]
+        self.scope = Scope(imported(tree), {f"{node.name}()": annotated(node.returns) for node in functions})
 
     def block(self, statements: list[ast.stmt], scope: Scope) -> None:
         for statement in statements:
@@ -175,264 +125,138 @@ class _Visitor:
     def statement(self, node: ast.stmt, scope: Scope) -> None:
         match node:
             case ast.FunctionDef() | ast.AsyncFunctionDef():
-                self.visit_function(node, scope)
+                inner = scope.branch()
+                inner.names.update(parameters(node, scope))
+                outer, self.function = self.function, node.name
+                self.block(node.body, inner)
+                self.function = outer
+                # What one method gives `self.x`, the next one finds there.
+                held = {name: kind for name, kind in inner.names.items() if name.startswith("self.")}
+                scope.names.update({name: Kind.TENSOR if kind.is_tensor else kind for name, kind in held.items()})
             case ast.ClassDef():
-                self.visit_class(node, scope)
+                self.block(node.body, scope.branch())
             case ast.AugAssign():
+                self.expressions(node, scope)
                 self.augmented(node, scope)
             case ast.Assign():
-                self.expressions(node.value, scope)
+                self.expressions(node, scope)
                 for target in node.targets:
                     self.stored(target, scope)
-                scope.assign(node.targets, node.value)
+                    scope.assign(target, node.value)
             case ast.AnnAssign():
-                self.annotated(node, scope)
-            case (
-                ast.If()
-                | ast.While()
-                | ast.For()
-                | ast.AsyncFor()
-                | ast.Try()
-                | ast.With()
-                | ast.AsyncWith()
-                | ast.Match()
-            ):
-                self.compound(node, scope)
-            case _:
                 self.expressions(node, scope)
-
-    def visit_function(self, node: Function, scope: Scope) -> None:
-        inner = scope.branch()
-        is_forward = bool(scope.attributes.get("")) and node.name == "forward"
-        inner.names.update(parameter_kinds(node, self.imports, is_forward))
-        outer, self.function = self.function, node.name
-        self.block(node.body, inner)
-        self.function = outer
-
-    def visit_class(self, node: ast.ClassDef, scope: Scope) -> None:
-        inner = scope.branch()
-        inner.attributes = _attribute_kinds(node, self.imports, self.returns)
-        self.block(node.body, inner)
-
-    def annotated(self, node: ast.AnnAssign, scope: Scope) -> None:
-        if node.value is not None:
-            self.expressions(node.value, scope)
-            self.stored(node.target, scope)
-        declared = annotation_kind(node.annotation)
-        scope.bind(node.target, scope.kind(node.value) if declared is Kind.UNKNOWN and node.value else declared)
+                declared, given = annotated(node.annotation), scope.kind(node.value)
+                scope.bind(node.target, given if declared is Kind.UNKNOWN or given is Kind.FRESH else declared)
+            case _:
+                self.compound(node, scope)
 
     def compound(self, node: ast.stmt, scope: Scope) -> None:
-        match node:
-            case ast.If():
-                self.expressions(node.test, scope)
-                self.branches([node.body, node.orelse], scope)
-            case ast.While():
-                self.expressions(node.test, scope)
-                self.loop(node.body, scope)
-                self.block(node.orelse, scope)
-            case ast.For() | ast.AsyncFor():
-                self.expressions(node.iter, scope)
-                scope.bind_loop(node.target, node.iter)
-                self.loop(node.body, scope)
-                self.block(node.orelse, scope)
-            case ast.Try():
-                self.block(node.body, scope)
-                self.branches([*(handler.body for handler in node.handlers), node.orelse], scope)
-                self.block(node.finalbody, scope)
-            case ast.With() | ast.AsyncWith():
-                for item in node.items:
-                    self.expressions(item.context_expr, scope)
-                self.block(node.body, scope)
-            case ast.Match():
-                self.expressions(node.subject, scope)
-                self.branches([case.body for case in node.cases], scope)
-
-    def branches(self, bodies: list[list[ast.stmt]], scope: Scope) -> None:
-        ends = []
-        for body in bodies:
-            branch = scope.branch()
-            self.block(body, branch)
-            if not (body and isinstance(body[-1], ast.Return | ast.Raise | ast.Continue | ast.Break)):
-                ends.append(branch)
-        if ends:
+        """Go through the head of a statement, then through its blocks as branches."""
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.expr | ast.withitem):
+                self.expressions(child, scope)
+        if isinstance(node, ast.For | ast.AsyncFor):
+            scope.bind_loop(node.target, node.iter)
+        parts = (node, *getattr(node, "handlers", ()), *getattr(node, "cases", ()))
+        bodies = [body for part in parts if isinstance(body := getattr(part, "body", None), list)]
+        bodies += [node.orelse] if hasattr(node, "orelse") else []
+        # Twice round a loop: `total = 0; for ...: total += loss` writes in place from the second round on.
+        for _ in range(2 if isinstance(node, ast.For | ast.AsyncFor | ast.While) else 1):
+            ends = [scope.branch() for _ in bodies]
+            for body, end in zip(bodies, ends, strict=True):
+                self.block(body, end)
             scope.merge(*ends)
-
-    def loop(self, body: list[ast.stmt], scope: Scope) -> None:
-        """Goes round twice: `total = 0; for ...: total += loss` writes in place from the second round on."""
-        for _ in range(2):
-            branch = scope.branch()
-            self.block(body, branch)
-            scope.merge(scope.branch(), branch)
+        self.block(getattr(node, "finalbody", []), scope)
 
     def augmented(self, node: ast.AugAssign, scope: Scope) -> None:
-        self.expressions(node.value, scope)
-        symbol = _SYMBOLS.get(type(node.op))
-        target_kind, value_kind = scope.kind(node.target), scope.kind(node.value)
-        array_like = isinstance(node.target, ast.Subscript) and self.written_through(node.target, scope)
-        if symbol and (target_kind is Kind.TENSOR or array_like):
-            text = ast.unparse(node.target)
-            plain = symbol.removesuffix("=")
-            rewrite = (
-                f"{text} = {text} {plain} {ast.unparse(node.value)}"
-                if isinstance(node.target, ast.Name)
-                else f"a new tensor from {text} {plain} {ast.unparse(node.value)}"
-            )
-            self.report("DP001", node, f"{text} {symbol} ... writes a tensor in place; write {rewrite}")
-        elif isinstance(node.target, ast.Name):
-            scope.names.update({node.target.id: _after_augmented(target_kind, value_kind)})
+        written, value = scope.kind(node.target), scope.kind(node.value)
+        if isinstance(node.target, ast.Subscript):
+            written = self.written_through(node.target, scope).element
+        if written in (Kind.UNKNOWN, Kind.COMPARISON) and value.is_tensor:
+            written = Kind.TENSOR
+        if written.is_tensor and not isinstance(node.op, ast.MatMult):  # there is no in-place matrix product
+            made = ast.unparse(ast.BinOp(node.target, node.op, node.value))
+            how = f"{ast.unparse(node.target)} = {made}" if isinstance(node.target, ast.Name) else f"a new {made}"
+            self.report("DP001", node, f"{ast.unparse(node)} writes {_said(written)} in place; write {how}", written)
+        elif isinstance(node.target, ast.Name | ast.Attribute) and value.is_tensor and written is Kind.OTHER:
+            scope.bind(node.target, Kind.FRESH)  # a number plus a tensor is a new tensor
 
     def stored(self, target: ast.expr, scope: Scope) -> None:
-        """A target of an assignment: a subscript of a tensor, or `.data`."""
-        if isinstance(target, ast.Tuple | ast.List):
-            for element in target.elts:
-                self.stored(element, scope)
-        elif isinstance(target, ast.Starred):
-            self.stored(target.value, scope)
-        elif isinstance(target, ast.Subscript):
-            self.expressions(target.value, scope)
-            if self.written_through(target, scope):
-                text = ast.unparse(target)
-                base = ast.unparse(target.value)
-                how = f"{base} = torch.where(mask, value, {base})"
-                self.report("DP002", target, f"{text} = ... writes a tensor in place; write {how}, or stack the parts")
-        elif isinstance(target, ast.Attribute):
-            self.attribute(target, scope)
+        """Look for subscripts of tensors among the targets of an assignment."""
+        for part in target.elts if isinstance(target, ast.Tuple) else [target]:
+            if isinstance(part, ast.Subscript) and (written := self.written_through(part, scope)).is_tensor:
+                text, base = ast.unparse(part), ast.unparse(part.value)
+                how = f"write {base} = torch.where(mask, value, {base}), or stack the parts"
+                self.report("DP002", part, f"{text} = ... writes {_said(written)} in place; {how}", written)
 
-    def written_through(self, target: ast.Subscript, scope: Scope) -> bool:
-        """Whether a store to a subscript writes a tensor."""
+    def written_through(self, target: ast.Subscript, scope: Scope) -> Kind:
+        """Tell the kind of what a store to a subscript writes; an index for arrays alone shows an array."""
         base = scope.kind(target.value)
         if isinstance(target.slice, ast.Constant) and isinstance(target.slice.value, str):
-            return False  # a dictionary, whatever else is known of it
-        if base is Kind.UNKNOWN and self.imports.any_torch:
-            return indexes_an_array(target.slice) or scope.kind(target.slice) is Kind.TENSOR
-        return base is Kind.TENSOR
+            return Kind.OTHER  # a dictionary, whatever else is known of it
+        shows = base in (Kind.UNKNOWN, Kind.COMPARISON) and scope.any_torch
+        return Kind.TENSOR if shows and (indexes_an_array(target.slice) or scope.picks(target.slice)) else base
 
     def expressions(self, node: ast.AST, scope: Scope) -> None:
-        """Calls, `.data` and nested functions anywhere in an expression."""
-        if isinstance(node, ast.Lambda):
-            inner = scope.branch()
-            inner.names.update({argument.arg: Kind.UNKNOWN for argument in node.args.args})
-            self.expressions(node.body, inner)
-            return
-        if isinstance(node, ast.ListComp | ast.SetComp | ast.GeneratorExp | ast.DictComp):
-            scope = scope.branch()
-            for generator in node.generators:
-                scope.bind_loop(generator.target, generator.iter)
-        if isinstance(node, ast.NamedExpr):
-            scope.bind(node.target, scope.kind(node.value))
-        if isinstance(node, ast.Call):
-            self.call(node, scope)
-        if isinstance(node, ast.Attribute):
-            self.attribute(node, scope)
-        for child in ast.iter_child_nodes(node):
-            self.expressions(child, scope)
-
-    def attribute(self, node: ast.Attribute, scope: Scope) -> None:
-        if node.attr == "data" and scope.kind(node.value) is Kind.TENSOR:
-            text = ast.unparse(node)
-            self.report("DP006", node, f"{text} hides the tensor from autograd; write {text[:-4]}detach()")
+        """Look at calls and `.data` anywhere in an expression."""
+        for part in ast.walk(node):
+            match part:
+                case ast.NamedExpr():
+                    scope.assign(part.target, part.value)
+                case ast.Attribute(attr="data") if scope.kind(part.value).is_tensor:
+                    text = ast.unparse(part)
+                    self.report("DP006", part, f"{text} hides the tensor from autograd; write {text[:-4]}detach()")
+                case ast.Call():
+                    self.call(part, scope)
 
     def call(self, node: ast.Call, scope: Scope) -> None:
-        function, text = node.func, ast.unparse(node.func)
-        name = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
-        in_torch = scope.is_torch(function)
-        receiver = scope.kind(function.value) if isinstance(function, ast.Attribute) else Kind.OTHER
-        if in_torch or receiver is not Kind.OTHER:
-            self.underscored(node, name, text, in_torch, receiver, scope)
+        method, text, home = isinstance(node.func, ast.Attribute), ast.unparse(node.func), scope.home(node.func)
+        name = text.rpartition(".")[2] if method else text
+        receiver = scope.kind(node.func.value) if isinstance(node.func, ast.Attribute) else Kind.OTHER
+        if not scope.any_torch or receiver is Kind.ARRAY or home == "numpy":
+            return
+        if name in ("register_buffer", "register_parameter") and node.args and isinstance(node.args[0], ast.Constant):
+            scope.names.update({f"self.{node.args[0].value!s}": Kind.TENSOR})
+        on_tensor = home == "torch" or receiver.is_tensor
+        own = f"{name}()" in scope.names  # a method or function of the same file
+        maybe = method and receiver in (Kind.UNKNOWN, Kind.TENSORS) and not own
+        if name.endswith("_") and not (name.startswith("_") or name in _HARMLESS) and (on_tensor or maybe):
+            self.underscored(node, text, home, receiver)
         for keyword in node.keywords:
-            given = not (isinstance(keyword.value, ast.Constant) and keyword.value.value in (None, False))
-            if keyword.arg == "out" and given and (in_torch or receiver is Kind.TENSOR):
-                self.report(
-                    "DP004", node, f"{text}(..., out=...) writes into a tensor that exists; use what it returns"
-                )
-            in_place = (
-                keyword.arg == "inplace" and isinstance(keyword.value, ast.Constant) and keyword.value.value is True
-            )
-            torch_layer = in_torch and not {"ao", "quantization"} & set(dotted(function))
-            if in_place and (torch_layer or (self.imports.any_torch and LAYER_NAME.search(name))):
+            constant = keyword.value.value if isinstance(keyword.value, ast.Constant) else ...
+            if keyword.arg == "inplace" and constant is True and _makes_layer(node, name, home):
                 self.report("DP005", node, f"{text}(inplace=True) overwrites its input; write inplace=False")
+            if keyword.arg == "out" and constant is not None and on_tensor:
+                written = scope.kind(keyword.value)
+                self.report("DP004", node, f"{text}(out=...) writes {_said(written)}; use what it returns", written)
+        if name == "item" and not node.args and receiver is not Kind.OTHER:
+            self.report("DP010", node, f"{text}() makes the host wait for the value; keep it in a tensor")
+        one_argument = name == "where" and len(node.args) == 1 and not node.keywords
+        if (name in _SHAPES or one_argument) and (on_tensor or (name in ("masked_select", "nonzero") and not own)):
+            self.report("DP020", node, f"{text}(...) gives a shape that depends on values; carry a mask instead")
 
-    def underscored(self, node: ast.Call, name: str, text: str, in_torch: bool, receiver: Kind, scope: Scope) -> None:
-        if name in ("__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__") and receiver is Kind.TENSOR:
-            self.report("DP003", node, f"{text}(...) writes a tensor in place; assign the result to a new name")
-            return
-        if not name.endswith("_") or name.startswith("__") or name in NO_WRITE:
-            return
-        if in_torch:
-            chain = dotted(node.func)
-            origin = self.imports.functions.get(chain[0], ".".join(chain))
-            if "init" in origin.split(".") and self.initialises():
-                return
-        elif dotted(node.func)[:1] == ["init"] and self.initialises():
-            return  # a library's own wrapper of torch.nn.init
-        elif name[:-1] not in WRITING_METHODS or receiver not in (Kind.TENSOR, Kind.TENSORS, Kind.UNKNOWN):
-            return
-        plain = f"{text[:-1]}(...)"
-        self.report("DP003", node, f"{text}(...) writes in place; write x = {plain}, without the underscore")
+    def underscored(self, node: ast.Call, text: str, home: str, receiver: Kind) -> None:
+        # Parameters get their first values from `init.zeros_(...)`, in torch's module or a library's wrapper of it.
+        initialiser = "init" in text.split(".")[:-1] or (home == "torch" and "." not in text)
+        if not (initialiser and any(word in self.function for word in ("init", "reset"))):
+            written = receiver if receiver is Kind.FRESH else Kind.TENSOR
+            how = f"write x = {text[:-1]}(...), without the underscore"
+            self.report("DP003", node, f"{text}(...) writes {_said(written)} in place; {how}", written)
 
-    def initialises(self) -> bool:
-        """Whether the current function gives parameters their first values."""
-        return any(word in self.function for word in ("init", "reset"))
-
-    def report(self, rule: str, node: ast.stmt | ast.expr, message: str) -> None:
-        line = node.lineno
-        source = self.lines[line - 1].strip() if line <= len(self.lines) else ""
-        finding = Finding(rule, "error", message, self.file, line, source, target="tensor")
-        self.findings.setdefault((rule, line, node.col_offset), finding)
+    def report(self, rule: str, node: ast.stmt | ast.expr, message: str, written: Kind = Kind.TENSOR) -> None:
+        severity: Severity = "note" if written is Kind.FRESH else "error"
+        target, source = "temporary" if written is Kind.FRESH else "tensor", self.lines[node.lineno - 1].strip()
+        finding = Finding(rule, severity, message, self.file, node.lineno, source, target=target)
+        self.findings.setdefault((rule, node.lineno, node.col_offset), finding)
 
 
-def _after_augmented(target: Kind, value: Kind) -> Kind:
-    """A number plus a tensor makes a new tensor; an unknown stays one unless the value is a number as well."""
-    if target is Kind.TENSOR or (value is Kind.TENSOR and target in (Kind.NUMBER, Kind.UNKNOWN)):
-        return Kind.TENSOR
-    if target in (Kind.CONTAINER, Kind.TENSORS, Kind.ARRAY):
-        return Kind.TENSORS if value is Kind.TENSORS else target
-    return target if value is Kind.NUMBER else Kind.UNKNOWN
+def _said(written: Kind) -> str:
+    return "a temporary of its own" if written is Kind.FRESH else "a tensor"
 
 
-def _attribute_kinds(node: ast.ClassDef, imports: Imports, returns: dict[str, Kind]) -> dict[str, Kind]:
-    """Kinds of `self.x`, from every assignment in the class; the empty name tells that the class is a module."""
-    kinds: dict[str, Kind] = {}
-    if any("Module" in (dotted(base) or [""])[-1] for base in node.bases) or _calls_super_forward(node):
-        kinds.update({"": Kind.LAYER})
-    for statement in ast.walk(node):
-        if isinstance(statement, ast.Call):
-            kinds.update(_registered(statement))
-        elif isinstance(statement, ast.AnnAssign):
-            name = _self_attribute(statement.target) or (
-                statement.target.id if isinstance(statement.target, ast.Name) and statement in node.body else None
-            )
-            if name and (kind := annotation_kind(statement.annotation)) is not Kind.UNKNOWN:
-                kinds.update({name: kind})
-    for method in node.body:
-        if isinstance(method, ast.FunctionDef):
-            scope = Scope(imports, parameter_kinds(method, imports, False), dict(kinds), returns)
-            for statement in ast.walk(method):
-                if isinstance(statement, ast.Assign):
-                    for target in statement.targets:
-                        if name := _self_attribute(target):
-                            kinds.update({name: _settled(kinds.get(name), scope.kind(statement.value))})
-                    scope.assign(statement.targets, statement.value)
-    return kinds
-
-
-def _settled(known: Kind | None, new: Kind) -> Kind:
-    return new if known is None or known is Kind.UNKNOWN else known
-
-
-def _calls_super_forward(node: ast.ClassDef) -> bool:
-    """A class with `forward` and bases from elsewhere is taken for a module."""
-    return bool(node.bases) and any(isinstance(part, ast.FunctionDef) and part.name == "forward" for part in node.body)
-
-
-def _self_attribute(target: ast.expr) -> str | None:
-    chain = dotted(target)
-    return chain[1] if len(chain) == 2 and chain[0] == "self" else None
-
-
-def _registered(call: ast.Call) -> dict[str, Kind]:
-    name = (dotted(call.func) or [""])[-1]
-    first = call.args[0] if call.args else None
-    if name in ("register_buffer", "register_parameter") and isinstance(first, ast.Constant):
-        return {str(first.value): Kind.TENSOR}
-    return {}
+def _makes_layer(node: ast.Call, name: str, home: str) -> bool:
+    """Tell whether a call makes a layer or applies one: torch's, one by its name, or ``partial(nn.SiLU, ...)``."""
+    if name == "partial":
+        return bool(node.args) and bool(_LAYER_NAME.search(ast.unparse(node.args[0])))
+    rewrites_model = {"ao", "quantization"} & set(dotted(node.func))
+    return bool(_LAYER_NAME.search(name)) or (home == "torch" and not rewrites_model)

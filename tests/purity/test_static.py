@@ -1,4 +1,4 @@
-"""The static half finds each kind of write on its line, leaves numbers, lists and arrays alone, and can be silenced."""
+"""The static half finds each fault on its line, leaves numbers, lists and arrays alone, and can be silenced."""
 
 import re
 import textwrap
@@ -42,7 +42,7 @@ class Model(nn.Module):
             part -= 1  # DP001
         total = 0
         for part in (x, y):
-            total += part.sum()  # DP001
+            total += part.sum()  # note DP001
         out = {}
         out["a"] = x
         out["a"] += 1
@@ -67,11 +67,11 @@ class Model(nn.Module):
         n -= 1
         text = "a"
         text += "b"
-        z = x.sum().item()
+        z = x.sum().item()  # DP010
         z += 1
         values, indices = x.topk(2)
-        values -= 1  # DP001
-        values.masked_fill_(values > 0, 1)  # DP003
+        values -= 1  # note DP001
+        values.masked_fill_(values > 0, 1)  # note DP003
         x, self.c[..., 0] = y, 1  # DP002
         return x.requires_grad_()
 
@@ -117,7 +117,7 @@ def inferred(q):
     c = q.shape[0] * 2
     c //= 2
     e = q.new_zeros(2)
-    e[1] += 2  # DP001
+    e[1] += 2  # note DP001
     bits = 1
     bits <<= 2
     mean = math.sqrt(2)
@@ -136,29 +136,114 @@ def branches(flag, size):
         value = 0
     else:
         value = torch.zeros(size)
-    value += 1  # DP001
+    value += 1  # note DP001
     sizes = [0] * size
     sizes[0] += 1
-    (first := torch.ones(2)).neg_()  # DP003
-    first[0], other = 1, 2  # DP002
+    (first := torch.ones(2)).neg_()  # note DP003
+    first[0], other = 1, 2  # note DP002
     return value, (other, sizes)
+"""
+
+
+FAULTS = """
+class RoIHeads(nn.Module):
+    def assign(self, proposals, gt_boxes, gt_labels):
+        for proposals_in_image, gt_boxes_in_image, gt_labels_in_image in zip(proposals, gt_boxes, gt_labels):
+            matched = self.matcher(gt_boxes_in_image, proposals_in_image)
+            labels_per_image = gt_labels_in_image[matched.clamp(min=0)]
+            labels_per_image = labels_per_image.to(dtype=torch.int64)
+            idx = matched == self.matcher.BELOW
+            labels_per_image[idx] = 0.0  # note DP002
+            gt_labels_in_image[idx] = 0.0  # DP002
+
+
+def waits(x, table, out: np.ndarray, keys: list[str]):
+    scale = x.max().item()  # DP010
+    scale = table.item()  # DP010
+    scale = np.sum(keys).item()
+    scale = out.item()
+    scale = table.item("name")
+    return scale
+
+
+def shapes(x: Tensor, mask, out: np.ndarray):
+    rows = x.nonzero()  # DP020
+    rows = mask.nonzero(as_tuple=True)[0]  # DP020
+    rows = torch.nonzero(x)  # DP020
+    rows = torch.where(x > 0)[0]  # DP020
+    rows = torch.where(x > 0, x, 0.0)
+    rows = torch.masked_select(x, mask)  # DP020
+    rows = x.unique()  # DP020
+    rows = out.nonzero()
+    rows = np.where(out > 0)
+    rows = torch.count_nonzero(x)
+    return rows
+
+
+def temporaries(x: Tensor, rows):
+    y = x * 2
+    y += 1  # note DP001
+    y[0] = 1  # note DP002
+    y.view(-1).clamp_(0)  # note DP003
+    torch.add(x, 1, out=y)  # note DP004
+    y = x.view(-1)
+    y += 1  # DP001
+    y = x if rows else x.clone()
+    y += 1  # DP001
+    y = x.sigmoid()  # autograd saves the result
+    y += 1  # DP001
+    y = x[0]
+    y += 1  # DP001
+    y = x[x > 0]
+    y += 1  # note DP001
+    return y
+
+
+class Block(nn.Module):
+    def __init__(self, norm_layer):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 1)
+        self.act = nn.ReLU()
+        self.norm = norm_layer(3)
+        self.given = partial(nn.SiLU, inplace=True)  # DP005
+
+    def forward(self, x):
+        out = self.conv(x)
+        out += x  # note DP001
+        out = self.act(out)
+        out += x  # DP001
+        out = self.norm(out)
+        out += x  # DP001
+        return out
+
+
+def untold(x, y, z, boxes, logits):
+    x += 1
+    y[0] = 2
+    z *= boxes
+    logits[boxes] = 0
 """
 
 
 def marked(source):
     return {
-        (number, rule)
+        (number, rule, "note" if note else "error")
         for number, line in enumerate(source.splitlines(), 1)
-        for rule in re.findall(r"DP\d{3}", line.partition("# ")[2])
+        for note, rule in re.findall(r"(note )?(DP\d{3})", line.partition("# ")[2])
     }
 
 
 def found(source):
-    return {(finding.line, finding.rule) for finding in check_source(source)}
+    return {(finding.line, finding.rule, finding.severity) for finding in check_source(source)}
 
 
-def test_every_planted_write_is_found_and_nothing_else():
-    source = HEADER + PLANTED
+def codes(source):
+    return {finding.rule for finding in check_source(source)}
+
+
+@pytest.mark.parametrize("planted", [PLANTED, FAULTS], ids=["writes", "faults"])
+def test_every_planted_fault_is_found_with_its_severity_and_nothing_else(planted):
+    source = HEADER + planted
     assert found(source) == marked(source)
 
 
@@ -202,6 +287,14 @@ def test_a_comment_silences_its_own_line_alone_and_not_text_in_a_string():
     ]
 
 
+def test_a_temporary_is_called_one_and_leaves_the_report_ok(tmp_path):
+    (tmp_path / "module.py").write_text("import torch\ndef f(n):\n    x = torch.zeros(n)\n    x += 1\n    return x\n")
+    (report,) = check_paths([tmp_path])
+    assert (report.ok, report.clean) == (True, False)
+    assert "a temporary of its own" in report.findings[0].message
+    assert report.findings[0].target == "temporary"
+
+
 def test_findings_say_why_and_what_to_write_instead():
     (finding,) = check_source(f"{HEADER}\ndef f(boxes: Tensor, shift):\n    boxes += shift\n    return boxes\n", "f.py")
     assert "boxes = boxes + shift" in finding.message
@@ -213,20 +306,20 @@ def test_initialisation_of_parameters_is_left_alone_and_only_there():
     body = "class M(nn.Module):\n    def {}(self, x):\n        nn.init.zeros_(self.weight)\n"
     for name in ("__init__", "reset_parameters", "_init_weights"):
         assert found(HEADER + body.format(name)) == set()
-    assert {rule for _, rule in found(HEADER + body.format("forward"))} == {"DP003"}
+    assert codes(HEADER + body.format("forward")) == {"DP003"}
 
 
 def test_layers_handed_in_are_flagged_and_other_inplace_keywords_are_not():
     source = HEADER + "def f(act_layer, model, frame):\n    frame.drop(inplace=True)\n    fuse(model, inplace=True)\n"
     assert found(source) == set()
-    assert {rule for _, rule in found(source + "    return act_layer(inplace=True)\n")} == {"DP005"}
+    assert codes(source + "    return act_layer(inplace=True)\n") == {"DP005"}
 
 
 def test_folders_are_searched_and_hidden_ones_are_not(tmp_path):
     (tmp_path / "package").mkdir()
     (tmp_path / ".hidden").mkdir()
     for folder in ("package", ".hidden"):
-        (tmp_path / folder / "module.py").write_text("import torch\ndef f(x):\n    x += 1\n")
+        (tmp_path / folder / "module.py").write_text("import torch\ndef f(x: torch.Tensor):\n    x += 1\n")
     (report,) = check_paths([tmp_path])
     assert report.findings[0].line == 3
     with pytest.raises(FileNotFoundError, match="no file or folder"):
