@@ -72,7 +72,7 @@ def check(
     gradcheck: Annotated[bool, typer.Option(help="Compare gradients with finite differences too.")] = False,
     allow: Annotated[list[str] | None, typer.Option(help="Rule codes to leave out, as DP001.")] = None,
 ) -> None:
-    """Find in-place writes, graph breaks, host syncs and moving shapes; exit status 1 if there are any."""
+    """Find in-place writes, graph breaks, host syncs and moving shapes; exit status 1 where there is an error."""
     from detpost.purity.command import check as run_check
 
     status = run_check(targets, shape or (), dtype or (), output_format, output, gradcheck, allow or ())

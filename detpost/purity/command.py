@@ -44,15 +44,15 @@ def check(
         allow: rule codes to leave out.
 
     Returns:
-        Exit status: 0 if nothing was found, 1 if something was, 2 for a target, shape or file that cannot be used. The
-        static half counts every finding; the dynamic half counts errors, as ``report.ok`` does.
+        Exit status: 0 if there is no error, 1 if there is one, 2 for a target, shape or file that cannot be used.
+        Warnings and notes count for nothing, as in ``report.ok``.
     """
     try:
         if output_format not in ("text", "json", "sarif"):
             raise UsageError(f"format {output_format!r} is not known; choose text, json or sarif")
         if not targets:
             raise UsageError("name a path, or package.module:Callable with --shape for each of its inputs")
-        reports, found = _reports(targets, shape, dtype, gradcheck, allow)
+        reports = _reports(targets, shape, dtype, gradcheck, allow)
         text = _written(reports, output_format)
         if output is None:
             print(text)
@@ -67,26 +67,21 @@ def check(
     except (OSError, UnicodeDecodeError) as error:
         print(f"detpost check: {error}", file=sys.stderr)
         return MISUSED
-    return FOUND if found else CLEAN
+    return CLEAN if all(report.ok for report in reports) else FOUND
 
 
 def _reports(
     targets: Sequence[str], shape: Sequence[str], dtype: Sequence[str], gradcheck: bool, allow: Sequence[str]
-) -> tuple[list[PurityReport], bool]:
+) -> list[PurityReport]:
     reports: list[PurityReport] = []
-    found = False
     for target in targets:
         if Path(target).exists():
-            files = [report.without(allow) for report in check_paths([target])]
-            found |= any(not report.clean for report in files)
-            reports += files
+            reports += check_paths([target])
         elif ":" in target and not target.endswith(".py"):
-            report = _dynamic(target, shape, dtype, gradcheck).without(allow)
-            found |= not report.ok
-            reports.append(report)
+            reports.append(_dynamic(target, shape, dtype, gradcheck))
         else:
             raise UsageError(f"{target}: no such path; a callable is written package.module:Callable")
-    return reports, found
+    return [report.without(allow) for report in reports]
 
 
 def _dynamic(target: str, shape: Sequence[str], dtype: Sequence[str], gradcheck: bool) -> PurityReport:

@@ -16,7 +16,7 @@ class Clean(torch.nn.Module):
         return logits.sigmoid().amax(-1), boxes.clamp(0, 1)
 
 
-def writes(logits, boxes):
+def writes(logits, boxes: torch.Tensor):
     boxes += 1
     return logits, boxes
 
@@ -51,6 +51,14 @@ def test_a_path_with_findings_answers_1_and_a_clean_one_0(package, capsys):
     assert check(["clean.py"]) == 0
     assert "1 file read, 0 findings" in capsys.readouterr().out
     assert check(["planted_package.py"], allow=["DP001"]) == 0
+
+
+def test_a_note_is_printed_and_answers_0(package, capsys):
+    (package / "noted.py").write_text("import torch\n\ndef f(n):\n    x = torch.zeros(n)\n    x += 1\n    return x\n")
+    assert check(["noted.py"]) == 0
+    out = capsys.readouterr().out
+    assert "note    DP001 noted.py:5" in out
+    assert "1 file read, 1 finding" in out
 
 
 def test_a_callable_is_run_on_the_shapes(package, capsys):
