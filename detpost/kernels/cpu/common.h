@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <cstdlib>
+#include <new>
 
 #if defined(_WIN32)
 #define DETPOST_EXPORT extern "C" __declspec(dllexport)
@@ -20,12 +21,7 @@ class Scratch {
   template <typename T>
   T* take(int slot, size_t count) {
     const size_t bytes = count * sizeof(T) + 64;
-    if (size_[slot] < bytes) {
-      std::free(memory_[slot]);
-      memory_[slot] = std::malloc(bytes);
-      size_[slot] = memory_[slot] ? bytes : 0;
-      if (!memory_[slot]) std::abort();  // nothing sensible is left to do, as with any allocation of this size
-    }
+    if (size_[slot] < bytes) grow(slot, bytes);
     return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(memory_[slot]) + 63) & ~uintptr_t(63));
   }
   // Gives back what is beyond `bytes`: a large volume must not stay allocated after its loss is computed.
@@ -40,6 +36,15 @@ class Scratch {
   ~Scratch() { trim(0); }
 
  private:
+  void grow(int slot, size_t bytes) {
+    std::free(memory_[slot]);
+    memory_[slot] = std::malloc(bytes);
+    size_[slot] = memory_[slot] ? bytes : 0;
+    if (memory_[slot]) return;
+    trim(0);  // whoever holds a part of this is unwound by what follows, and memory is short
+    throw std::bad_alloc();
+  }
+
   static constexpr int kSlots = 8;
   void* memory_[kSlots] = {};
   size_t size_[kSlots] = {};
@@ -52,7 +57,23 @@ struct Job {
   int64_t count;
 };
 
-// Runs a job on this thread and others, `threads` at the most; comes back when it is done.
+// How a call ended. Only numbers leave the library: Python's frames, a thread's end and OpenMP stop no exception.
+enum Outcome : int { kDone = 0, kOutOfMemory = 1, kFailed = 2 };
+
+template <typename Work>
+int outcome_of(const Work& work) noexcept {
+  try {
+    work();
+    return kDone;
+  } catch (const std::bad_alloc&) {
+    return kOutOfMemory;
+  } catch (...) {
+    return kFailed;
+  }
+}
+
+// Runs a job on this thread and others, `threads` at the most; comes back when it is done. Throws what a task threw, when
+// no other runs any more.
 void parallel(const Job& job, int threads);
 
 // The widest instructions that this processor has and DETPOST_NATIVE allows: 0 baseline, 2 AVX2, 3 AVX-512.

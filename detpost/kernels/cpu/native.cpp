@@ -15,8 +15,8 @@
 #include <cstring>
 #include <limits>
 #include <mutex>
+#include <stdexcept>
 #include <thread>
-#include <vector>
 
 #if !defined(_WIN32)
 #include <unistd.h>
@@ -36,26 +36,43 @@ enum BoxFormat : int { kCxcywh = 0, kXyxy = 1, kXywh = 2 };
 
 thread_local Scratch scratch;
 
+// A job that threads share: each takes the next task until none is left.
+struct SharedJob {
+  const Job& job;
+  std::atomic<int64_t> next{0};
+  std::atomic<int> outcome{kDone};
+
+  void drain() noexcept {
+    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < job.count;) {
+      const int ended = outcome_of([&] { job.run(job.data, i); });
+      if (ended == kDone) continue;
+      outcome.store(ended, std::memory_order_relaxed);
+      next.store(job.count, std::memory_order_relaxed);  // what is left would be thrown away
+    }
+  }
+};
+
 // Threads that wait for work, made once per process. One job at a time: a caller that finds the pool busy (another
 // Python thread is inside) does its work alone instead of waiting.
 class Pool {
  public:
   explicit Pool(int workers) {
-    for (int i = 0; i < workers; ++i) std::thread([this, i] { work(i); }).detach();
+    try {
+      for (; workers_ < workers; ++workers_) std::thread([this, number = workers_] { work(number); }).detach();
+    } catch (...) {  // the system has no thread more: those that are there do the work
+    }
   }
 
-  bool try_run(const Job& job, int helpers) {
+  bool try_run(SharedJob& job, int helpers) {
     if (!busy_.try_lock()) return false;
     {
       std::lock_guard<std::mutex> lock(mutex_);
-      job_ = job;
-      next_.store(0, std::memory_order_relaxed);
-      helpers_ = helpers;
-      active_ = helpers;
+      job_ = &job;
+      helpers_ = active_ = helpers < workers_ ? helpers : workers_;
       ++generation_;
     }
     wake_.notify_all();
-    drain(job);
+    job.drain();
     {
       std::unique_lock<std::mutex> lock(mutex_);
       done_.wait(lock, [this] { return active_ == 0; });
@@ -65,14 +82,10 @@ class Pool {
   }
 
  private:
-  void drain(const Job& job) {
-    for (int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < job.count;) job.run(job.data, i);
-  }
-
   void work(int number) {
     uint64_t seen = 0;
     for (;;) {
-      Job job;
+      SharedJob* job;
       {
         std::unique_lock<std::mutex> lock(mutex_);
         wake_.wait(lock, [&] { return generation_ != seen; });
@@ -80,7 +93,7 @@ class Pool {
         if (number >= helpers_) continue;
         job = job_;
       }
-      drain(job);
+      job->drain();
       std::lock_guard<std::mutex> lock(mutex_);
       if (--active_ == 0) done_.notify_one();
     }
@@ -88,9 +101,8 @@ class Pool {
 
   std::mutex busy_, mutex_;
   std::condition_variable wake_, done_;
-  Job job_{};
-  std::atomic<int64_t> next_{0};
-  int helpers_ = 0, active_ = 0;
+  SharedJob* job_ = nullptr;  // on the stack of the caller, who waits
+  int workers_ = 0, helpers_ = 0, active_ = 0;
   uint64_t generation_ = 0;
 };
 
@@ -126,15 +138,16 @@ using OpenMpParallel = void (*)(void (*run)(void*), void* data, unsigned threads
 std::atomic<OpenMpParallel> openmp_parallel{nullptr};
 std::atomic<long> openmp_process{-1};  // a forked child must not use them: its copies of the threads do not exist
 
-struct SharedJob {
-  const Job* job;
-  std::atomic<int64_t> next;
-};
+void run_shared(void* job) { static_cast<SharedJob*>(job)->drain(); }
 
-void run_shared(void* data) {
-  SharedJob& shared = *static_cast<SharedJob*>(data);
-  const Job& job = *shared.job;
-  for (int64_t i; (i = shared.next.fetch_add(1, std::memory_order_relaxed)) < job.count;) job.run(job.data, i);
+void run_with(SharedJob& job, int64_t helpers) {
+  const OpenMpParallel shared_parallel = openmp_parallel.load(std::memory_order_relaxed);
+  if (helpers > 0 && shared_parallel && openmp_process.load(std::memory_order_relaxed) == process_number()) {
+    shared_parallel(run_shared, &job, static_cast<unsigned>(helpers + 1), 0);
+    return;
+  }
+  if (helpers > 0 && pool().try_run(job, static_cast<int>(helpers))) return;
+  job.drain();
 }
 
 }  // namespace
@@ -144,14 +157,11 @@ void detpost::parallel(const Job& job, int threads) {
   int64_t helpers = threads < available ? threads : available;
   helpers = (helpers < job.count ? helpers : job.count) - 1;
   if (helpers > kMostThreads - 1) helpers = kMostThreads - 1;
-  const OpenMpParallel shared_parallel = openmp_parallel.load(std::memory_order_relaxed);
-  if (helpers > 0 && shared_parallel && openmp_process.load(std::memory_order_relaxed) == process_number()) {
-    SharedJob shared{&job, {0}};
-    shared_parallel(run_shared, &shared, static_cast<unsigned>(helpers + 1), 0);
-    return;
-  }
-  if (helpers > 0 && pool().try_run(job, static_cast<int>(helpers))) return;
-  for (int64_t i = 0; i < job.count; ++i) job.run(job.data, i);
+  SharedJob shared{job};
+  run_with(shared, helpers);
+  const int outcome = shared.outcome.load(std::memory_order_relaxed);
+  if (outcome == kOutOfMemory) throw std::bad_alloc();
+  if (outcome != kDone) throw std::runtime_error("a task failed");
 }
 
 namespace {
@@ -276,11 +286,13 @@ int detpost::level() {
   return found;
 }
 
-DETPOST_EXPORT void detpost_scale(const float* values, const float* factors, int64_t fields, int64_t elements,
-                                  float* out, int threads) {
-  const int64_t chunks = (elements + (1 << 14) - 1) >> 14;
-  const ScaleArguments arguments{values, factors, elements, chunks, out};
-  start(DETPOST_BEST(scale_chunk), arguments, fields * chunks, fields * elements < (1 << 15) ? 1 : threads);
+DETPOST_EXPORT int detpost_scale(const float* values, const float* factors, int64_t fields, int64_t elements,
+                                 float* out, int threads) {
+  return outcome_of([&] {
+    const int64_t chunks = (elements + (1 << 14) - 1) >> 14;
+    const ScaleArguments arguments{values, factors, elements, chunks, out};
+    start(DETPOST_BEST(scale_chunk), arguments, fields * chunks, fields * elements < (1 << 15) ? 1 : threads);
+  });
 }
 
 // The least and the greatest of `count` numbers, at least one.
@@ -295,14 +307,16 @@ DETPOST_EXPORT void detpost_share_threads(void* parallel_function) {
 }
 
 // Raised with every change of a signature below: native.py refuses another number.
-DETPOST_EXPORT int detpost_interface() { return 4; }
+DETPOST_EXPORT int detpost_interface() { return 5; }
 
 DETPOST_EXPORT int detpost_level() { return level(); }
 
-DETPOST_EXPORT void detpost_select(const void* scores, int dtype, int64_t batch, int64_t width, int64_t kept,
-                                   int64_t* indices, int threads) {
-  const SelectArguments arguments{scores, dtype, width, kept, indices};
-  start(DETPOST_BEST(select_row), arguments, batch, batch * width < (1 << 16) ? 1 : threads);
+DETPOST_EXPORT int detpost_select(const void* scores, int dtype, int64_t batch, int64_t width, int64_t kept,
+                                  int64_t* indices, int threads) {
+  return outcome_of([&] {
+    const SelectArguments arguments{scores, dtype, width, kept, indices};
+    start(DETPOST_BEST(select_row), arguments, batch, batch * width < (1 << 16) ? 1 : threads);
+  });
 }
 
 // All its arguments in one record of 8-byte numbers, addresses among them: ctypes spends longer on twenty arguments than
@@ -313,66 +327,74 @@ struct DecodeCall {
   double threshold;
 };
 
-DETPOST_EXPORT void detpost_decode(const char* record) {
-  DecodeCall call;
-  std::memcpy(&call, record, sizeof call);
-  const DecodeArguments arguments{reinterpret_cast<const void*>(call.logits),
-                                  static_cast<int>(call.dtype),
-                                  call.queries,
-                                  call.classes,
-                                  call.kept,
-                                  call.background,
-                                  reinterpret_cast<const float*>(call.boxes),
-                                  reinterpret_cast<const void*>(call.sizes),
-                                  static_cast<int>(call.size_type),
-                                  static_cast<int>(call.box_format),
-                                  static_cast<int>(call.clip),
-                                  static_cast<int>(call.has_threshold),
-                                  static_cast<float>(call.threshold),
-                                  reinterpret_cast<float*>(call.out_scores),
-                                  reinterpret_cast<int64_t*>(call.out_labels),
-                                  reinterpret_cast<float*>(call.out_boxes),
-                                  reinterpret_cast<int64_t*>(call.out_queries),
-                                  reinterpret_cast<uint8_t*>(call.out_valid)};
-  const bool small = call.batch * call.queries * call.classes < (1 << 16);
-  start(DETPOST_BEST(decode_image), arguments, call.batch, small ? 1 : static_cast<int>(call.threads));
+DETPOST_EXPORT int detpost_decode(const char* record) {
+  return outcome_of([&] {
+    DecodeCall call;
+    std::memcpy(&call, record, sizeof call);
+    const DecodeArguments arguments{reinterpret_cast<const void*>(call.logits),
+                                    static_cast<int>(call.dtype),
+                                    call.queries,
+                                    call.classes,
+                                    call.kept,
+                                    call.background,
+                                    reinterpret_cast<const float*>(call.boxes),
+                                    reinterpret_cast<const void*>(call.sizes),
+                                    static_cast<int>(call.size_type),
+                                    static_cast<int>(call.box_format),
+                                    static_cast<int>(call.clip),
+                                    static_cast<int>(call.has_threshold),
+                                    static_cast<float>(call.threshold),
+                                    reinterpret_cast<float*>(call.out_scores),
+                                    reinterpret_cast<int64_t*>(call.out_labels),
+                                    reinterpret_cast<float*>(call.out_boxes),
+                                    reinterpret_cast<int64_t*>(call.out_queries),
+                                    reinterpret_cast<uint8_t*>(call.out_valid)};
+    const bool small = call.batch * call.queries * call.classes < (1 << 16);
+    start(DETPOST_BEST(decode_image), arguments, call.batch, small ? 1 : static_cast<int>(call.threads));
+  });
 }
 
-DETPOST_EXPORT void detpost_erosion(const float* pred, const int64_t* target, int64_t batch, int64_t classes,
-                                    int64_t depth, int64_t height, int64_t width, int axes, float stencil_weight,
-                                    const double* weights, int steps, double* totals, float* field,
-                                    const float* cotangent, float* gradient, int threads) {
-  const ErosionArguments arguments{pred, target, classes, depth,  height, width,     axes,    stencil_weight,
-                                   weights, steps, totals,  field, cotangent, gradient};
-  start(DETPOST_BEST(erode_field), arguments, batch * classes, threads);
+DETPOST_EXPORT int detpost_erosion(const float* pred, const int64_t* target, int64_t batch, int64_t classes,
+                                   int64_t depth, int64_t height, int64_t width, int axes, float stencil_weight,
+                                   const double* weights, int steps, double* totals, float* field,
+                                   const float* cotangent, float* gradient, int threads) {
+  return outcome_of([&] {
+    const ErosionArguments arguments{pred, target, classes, depth,  height, width,     axes,    stencil_weight,
+                                     weights, steps, totals,  field, cotangent, gradient};
+    start(DETPOST_BEST(erode_field), arguments, batch * classes, threads);
+  });
 }
 
-DETPOST_EXPORT void detpost_distance(const void* values, int64_t fields, int64_t depth, int64_t height, int64_t width,
-                                     float step_depth, float step_height, float step_width, int both_sides,
-                                     float threshold, float* out, int threads) {
-  const DistanceArguments arguments{values,     depth,     height, width, {step_depth, step_height, step_width},
-                                    both_sides, threshold, out};
-  const int64_t rows = fields * depth * height;
-  if (rows * width < (1 << 14)) threads = 1;
-  const RowsPerTask per_row{arguments, rows};
-  start(DETPOST_BEST(distance_rows), per_row, (rows + kRowsPerTask - 1) / kRowsPerTask, threads);
-  const LinesPerTask columns{out, height, width, step_height};
-  start(DETPOST_BEST(distance_lines), columns, fields * depth * columns.tiles(), threads);
-  if (depth > 1) {
-    const LinesPerTask slices{out, depth, height * width, step_depth};
-    start(DETPOST_BEST(distance_lines), slices, fields * slices.tiles(), threads);
-  }
-  const RowsPerTask finish{arguments, rows};
-  if (both_sides) start(DETPOST_BEST(distance_finish), finish, (rows + kRowsPerTask - 1) / kRowsPerTask, threads);
+DETPOST_EXPORT int detpost_distance(const void* values, int64_t fields, int64_t depth, int64_t height, int64_t width,
+                                    float step_depth, float step_height, float step_width, int both_sides,
+                                    float threshold, float* out, int threads) {
+  return outcome_of([&] {
+    const DistanceArguments arguments{values,     depth,     height, width, {step_depth, step_height, step_width},
+                                      both_sides, threshold, out};
+    const int64_t rows = fields * depth * height;
+    if (rows * width < (1 << 14)) threads = 1;
+    const RowsPerTask per_row{arguments, rows};
+    start(DETPOST_BEST(distance_rows), per_row, (rows + kRowsPerTask - 1) / kRowsPerTask, threads);
+    const LinesPerTask columns{out, height, width, step_height};
+    start(DETPOST_BEST(distance_lines), columns, fields * depth * columns.tiles(), threads);
+    if (depth > 1) {
+      const LinesPerTask slices{out, depth, height * width, step_depth};
+      start(DETPOST_BEST(distance_lines), slices, fields * slices.tiles(), threads);
+    }
+    const RowsPerTask finish{arguments, rows};
+    if (both_sides) start(DETPOST_BEST(distance_finish), finish, (rows + kRowsPerTask - 1) / kRowsPerTask, threads);
+  });
 }
 
-DETPOST_EXPORT void detpost_weighted_error(const float* values, const float* truth, const float* of_truth,
-                                           float* of_values, int64_t fields, int64_t elements, int64_t chunks,
-                                           double exponent, double factor, float limit, int sigmoid, double* sums,
-                                           int threads) {
-  const WeightedErrorArguments arguments{values,   truth,  of_truth, of_values, elements, chunks,
-                                         exponent, factor, limit,    sigmoid,   sums};
-  start(DETPOST_BEST(weighted_error), arguments, fields * chunks, fields * elements < (1 << 14) ? 1 : threads);
+DETPOST_EXPORT int detpost_weighted_error(const float* values, const float* truth, const float* of_truth,
+                                          float* of_values, int64_t fields, int64_t elements, int64_t chunks,
+                                          double exponent, double factor, float limit, int sigmoid, double* sums,
+                                          int threads) {
+  return outcome_of([&] {
+    const WeightedErrorArguments arguments{values,   truth,  of_truth, of_values, elements, chunks,
+                                           exponent, factor, limit,    sigmoid,   sums};
+    start(DETPOST_BEST(weighted_error), arguments, fields * chunks, fields * elements < (1 << 14) ? 1 : threads);
+  });
 }
 
 #else  // the kernels, once per instruction set

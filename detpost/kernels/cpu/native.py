@@ -36,7 +36,7 @@ __all__ = [
     "weighted_error",
 ]
 
-_INTERFACE = 4
+_INTERFACE = 5
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _SIZE_TYPES = {torch.float32: 1, torch.int32: 2, torch.int64: 3}
 _BOX_FORMATS = {"cxcywh": 0, "xyxy": 1, "xywh": 2}
@@ -49,9 +49,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
         *(c_void_p, c_void_p, c_int64, c_int64, c_int64, c_int64, c_int64, c_int, c_float),
         *(c_void_p, c_int, c_void_p, c_void_p, c_void_p, c_void_p, c_int),
     ),
-    "detpost_share_threads": (c_void_p,),
     "detpost_scale": (c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_int),
-    "detpost_range": (c_void_p, c_int64, c_void_p),
     "detpost_distance": (
         *(c_void_p, c_int64, c_int64, c_int64, c_int64, c_float, c_float, c_float, c_int, c_float, c_void_p, c_int),
     ),
@@ -80,11 +78,26 @@ def _library() -> ctypes.CDLL | str:
         return f"built from another version of detpost (interface {interface}, wanted {_INTERFACE}): reinstall it"
     for name, types in _SIGNATURES.items():
         function = getattr(library, name)
-        function.argtypes, function.restype = types, None
+        function.argtypes, function.restype, function.errcheck = types, c_int, _raise_failure
+    library.detpost_share_threads.argtypes, library.detpost_share_threads.restype = (c_void_p,), None
+    library.detpost_range.argtypes, library.detpost_range.restype = (c_void_p, c_int64, c_void_p), None
     shared = _openmp_parallel()
     if shared is not None:
         library.detpost_share_threads(shared)
     return library
+
+
+def _raise_failure(outcome: int, function: Any, arguments: Any) -> None:
+    """Make an exception of how a call ended: ``Outcome`` in common.h."""
+    if outcome == 1:
+        raise MemoryError(
+            f"detpost's C++ kernels got no memory in {function.__name__}: give fewer images at a time, "
+            f"or set DETPOST_KERNEL=aten"
+        )
+    if outcome:
+        raise RuntimeError(
+            f"{function.__name__} of detpost's C++ kernels failed: set DETPOST_KERNEL=aten and report it"
+        )
 
 
 def _openmp_parallel() -> ctypes.c_void_p | None:

@@ -180,11 +180,7 @@ int64_t lay_out_tasks(const Plan& plan) {
   return pairs;
 }
 
-}  // namespace
-
-DETPOST_EXPORT void detpost_nms(const char* record) {
-  Call call;
-  std::memcpy(&call, record, sizeof call);
+void suppress(const Call& call) {
   const Plan plan{&call, scratch.take<int64_t>(kRanking, call.batch * detpost::ranking_words(call.count)),
                   scratch.take<detpost::Ranking>(kRankings, call.batch),
                   scratch.take<int64_t>(kFirstTasks, call.batch + 1)};
@@ -193,7 +189,16 @@ DETPOST_EXPORT void detpost_nms(const char* record) {
   const int64_t pairs = lay_out_tasks(plan);
   detpost::start(class_task, plan, plan.first_tasks[call.batch], pairs < kManyPairs ? 1 : threads);
   if (call.out_scores) detpost::start(output_task, call, call.batch, threads_of_boxes);
+}
+
+}  // namespace
+
+DETPOST_EXPORT int detpost_nms(const char* record) {
+  Call call;
+  std::memcpy(&call, record, sizeof call);
+  const int outcome = detpost::outcome_of([&] { suppress(call); });
   scratch.trim(kMostKept);
+  return outcome;
 }
 
 #else  // the kernels, once per instruction set

@@ -1,0 +1,102 @@
+"""What the system refuses, memory or threads, is an exception in Python or goes unnoticed: no process ends by it."""
+
+import subprocess
+import sys
+
+import pytest
+
+from detpost.kernels.cpu import native
+
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="the limit on memory is Linux's"),
+    pytest.mark.skipif(native.missing() is not None, reason="no C++ kernels"),
+]
+
+WITHOUT_MEMORY = """
+import resource, sys
+import torch
+from detpost import DecodeSpec
+from detpost.kernels.cpu import native, nms
+
+THREADS = {threads}
+torch.set_num_threads(THREADS)
+if not {openmp}:
+    native._openmp_parallel = lambda: None
+logits, boxes = torch.zeros(THREADS, 15_000, 1000), torch.zeros(THREADS, 15_000, 4)
+halves, long = logits.to(torch.bfloat16), torch.ones(1, 1, 1_000_000, 2)
+fields, ids = torch.rand(THREADS, 1, 1500, 1500), torch.ones(THREADS, 1, 1500, 1500, dtype=torch.int64)
+many, scores = torch.zeros(THREADS, 1_500_000, 4), torch.rand(THREADS, 1_500_000)
+
+# Each call needs twice the room and more beside what it is given and gives.
+ROOM = 32 << 20
+CALLS = dict(
+    select=lambda: native.select(logits.flatten(1), 5),
+    decode=lambda: native.decode(halves, boxes, None, DecodeSpec(top_k=5)),
+    decode_with_background=lambda: native.decode(logits, boxes, None, DecodeSpec(top_k=5, background="last")),
+    erosion=lambda: native.erosion(fields, ids, torch.arange(1), [1.0] * 10, 0.2, 2, None, False, True),
+    distance=lambda: native.squared_distance(long > 0, (1.0, 1.0)),
+    boundary_distance=lambda: native.boundary_distance(long, (1.0, 1.0)),
+    nms=lambda: nms.keep(many, scores, None, None, 0.5, False),
+)
+native.select(torch.rand(THREADS, 40_000), 3)  # the threads are there, and whatever is made once
+free = resource.getrlimit(resource.RLIMIT_AS)
+for name, call in CALLS.items():
+    used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + ROOM, free[1]))
+    try:
+        call()
+    except MemoryError as error:
+        print(name, error)
+    else:
+        sys.exit(name + " needs less memory than this test thinks")
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, free)
+    small = native.select(torch.tensor([[1.0, 3.0, 2.0]] * THREADS), 2)
+    assert small.tolist() == [[1, 2]] * THREADS, small
+"""
+
+
+def run(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
+
+
+@pytest.mark.parametrize(("threads", "openmp"), [(1, True), (2, True), (2, False)])
+def test_memory_that_is_not_given_is_a_memory_error(threads, openmp):
+    found = run(WITHOUT_MEMORY.format(threads=threads, openmp=openmp))
+    assert found.returncode == 0, (found.returncode, found.stderr[-600:])
+    lines = found.stdout.splitlines()
+    assert len(lines) == 7
+    for line in lines:
+        assert "detpost's C++ kernels got no memory" in line
+        assert "DETPOST_KERNEL=aten" in line
+
+
+WITHOUT_THREADS = """
+import resource
+import torch
+from detpost.kernels.cpu import native
+
+native._openmp_parallel = lambda: None
+rows = torch.rand(4, 40_000)
+torch.set_num_threads(4)
+expected = rows.argsort(dim=1, descending=True, stable=True)[:, :5]
+native.missing()
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+free = resource.getrlimit(resource.RLIMIT_AS)
+resource.setrlimit(resource.RLIMIT_AS, (used + (6 << 20), free[1]))  # less than a thread's stack
+found = native.select(rows, 5)
+resource.setrlimit(resource.RLIMIT_AS, free)
+assert torch.equal(found, expected)
+"""
+
+
+def test_threads_that_are_not_given_are_done_without():
+    found = run(WITHOUT_THREADS)
+    assert found.returncode == 0, (found.returncode, found.stderr[-600:])
+
+
+def test_a_failure_of_any_other_kind_is_a_runtime_error():
+    with pytest.raises(
+        RuntimeError, match=r"detpost_select of detpost's C\+\+ kernels failed: set DETPOST_KERNEL=aten"
+    ):
+        native._raise_failure(2, native.function("detpost_select"), ())
