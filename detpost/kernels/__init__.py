@@ -30,7 +30,7 @@ from detpost.reference import nms as reference_nms
 from detpost.reference.derivatives import wants_derivative
 from detpost.spec import DecodeSpec
 
-__all__ = ["KERNELS", "decode", "for_losses", "is_exporting", "kind_for", "nms", "select", "suppress"]
+__all__ = ["KERNELS", "decode", "for_losses", "is_exporting", "kind_for", "nms", "select", "suppress", "wants_other_derivatives"]
 
 KERNELS = ("native", "numpy", "triton", "aten")
 _VARIABLE = "DETPOST_KERNEL"
@@ -120,6 +120,24 @@ def _is_transformed() -> bool:
     return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
 
 
+def wants_other_derivatives() -> bool:
+    """Whether derivatives are taken that an autograd function of ours does not give: by ``torch.func``, or forwards.
+
+    Inside ``torch.compile`` too, where tangents would be lost without a word.
+    """
+    if torch.compiler.is_compiling():
+        constant: bool = _constant_is_in_functorch()
+        return constant
+    # An enclosing dual level is enough: operators may make a tangent out of any other tensor.
+    return _is_transformed() or torch.autograd.forward_ad._current_level >= 0
+
+
+# Dynamo cannot follow the question; it compiles anew for another answer.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _constant_is_in_functorch() -> bool:
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
 def _is_observed(first: Tensor, second: Tensor | None = None, third: Tensor | None = None) -> bool:
     """Whether someone watches the operators that run: a tracer, a checker, a tensor of another kind."""
     return (
@@ -190,7 +208,7 @@ def decode(logits: Tensor, boxes: Tensor, image_sizes: Tensor | None, spec: Deco
 
 def for_losses(values: Tensor) -> str:
     """Give the form of the losses and the distance transform for a tensor: ``native``, ``triton`` or ``aten``."""
-    if values.dtype == torch.float64 or _writes_a_graph() or _is_transformed():
+    if values.dtype == torch.float64 or _writes_a_graph() or wants_other_derivatives():
         return "aten"
     kind = _kind_of(values.device)
     return kind if kind in ("native", "triton") else "aten"

@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detpost import kernels
 from detpost.kernels.cpu import native
 from detpost.losses._arguments import check_floating, check_reduction, class_numbers, exporting
-
-# 1/5 and 1/7 rounded to float32, in every dtype: kornia builds its stencil in float32 and widens it, and float64 values
-# agree with it to 1e-10 only with the same rounding. Keyed by the number of spatial axes.
-_STENCIL_WEIGHT = {2: 13421773 / 2**26, 3: 9586981 / 2**26}
-# Differences of prediction and target are clamped here, so that their squares and the sums of these stay finite.
-_LARGEST_DIFFERENCE = 1e12
+from detpost.reference import erosion as reference
 
 
 def hausdorff_er_loss(pred: Tensor, target: Tensor, alpha: float = 2.0, k: int = 10, reduction: str = "mean") -> Tensor:
@@ -185,21 +179,31 @@ def _hausdorff_er(pred: Tensor, target: Tensor, alpha: float, k: int, reduction:
     weights = [float(i + 1) ** alpha for i in range(k)]
     keep_field = reduction == "none"
     classes = class_numbers(target, pred.shape[1])
-    total: Tensor
-    kind = kernels.for_losses(values)
-    if kind == "triton" and _triton_takes(values, target):
-        total = _TritonErosion.apply(values, target, classes, weights, axes, keep_field)[0]
-    elif kind == "native":
-        wants_gradient = torch.is_grad_enabled() and values.requires_grad
-        arguments = (values, target.to(torch.int64), classes, weights, axes, keep_field, wants_gradient)
-        total = _NativeErosion.apply(*arguments)[0]
-    else:
-        # Exporters read plain operators and no autograd function; its forward is the same call.
-        erode: Callable[..., Any] = _erode if exporting() else _Erosion.apply
-        total = erode(values, target, classes, weights, axes, keep_field)[0]  # (B, C, *spatial) or (B, C, 1, ...)
+    total = _summed_erosions(values, target, classes, weights, axes, keep_field)  # (B, C, *spatial) or (B, C, 1, ...)
     if keep_field:
         return total.transpose(0, 1).unsqueeze(2)
     return total.sum() if reduction == "sum" else total.sum() / values.numel()
+
+
+def _summed_erosions(
+    pred: Tensor, target: Tensor, classes: Tensor, weights: Sequence[float], axes: int, keep_field: bool
+) -> Tensor:
+    """Erode by the form that serves the tensors."""
+    arguments = (pred, target, classes, weights, axes, keep_field)
+    total: Tensor
+    if exporting():  # exporters read plain operators and no autograd function
+        return reference.erode(*arguments)[0]
+    if kernels.wants_other_derivatives():
+        return reference.erode_differentiably(*arguments)
+    kind = kernels.for_losses(pred)
+    if kind == "triton" and _triton_takes(pred, target):
+        total = _TritonErosion.apply(*arguments)[0]
+    elif kind == "native":
+        wants_gradient = torch.is_grad_enabled() and pred.requires_grad
+        total = _NativeErosion.apply(pred, target.to(torch.int64), *arguments[2:], wants_gradient)[0]
+    else:
+        total = _Erosion.apply(*arguments)[0]
+    return total
 
 
 def _triton_takes(pred: Tensor, target: Tensor) -> bool:
@@ -208,90 +212,22 @@ def _triton_takes(pred: Tensor, target: Tensor) -> bool:
     return triton_erosion.supported(pred, target)
 
 
-def _erode(
-    pred: Tensor, target: Tensor, classes: Tensor, weights: Sequence[float], axes: int, keep_field: bool
-) -> tuple[Tensor, ...]:
-    """Weighted sum of the stretched erosions, then what the gradient needs: every dilation, lower bound and range.
-
-    The sum runs over each field's elements as well unless ``keep_field``.
-    """
-    spatial = tuple(range(-axes, 0))
-    bound = _difference(pred, target, classes).square()
-    total = torch.zeros((), dtype=pred.dtype, device=pred.device)
-    dilations, lowers, ranges = [], [], []
-    for weight in weights:
-        dilation = _stencil(bound, axes)
-        lower, extent = _stretch_limits(dilation, spatial)
-        bound = _stretch(dilation, lower, extent)
-        total = torch.add(total, bound if keep_field else bound.sum(spatial, keepdim=True), alpha=weight)
-        dilations.append(dilation)
-        lowers.append(lower)
-        ranges.append(extent)
-    return total, *dilations, *lowers, *ranges
-
-
-def _difference(pred: Tensor, target: Tensor, classes: Tensor) -> Tensor:
-    """Prediction minus one-hot target, (B, C, *spatial), clamped to what can be squared and summed."""
-    one_hot = (target == classes.reshape(1, -1, *[1] * (pred.dim() - 2))).to(pred.dtype)
-    return (pred - one_hot).clamp(-_LARGEST_DIFFERENCE, _LARGEST_DIFFERENCE)
-
-
-def _stencil(field: Tensor, axes: int, start: Tensor | None = None) -> Tensor:
-    """Mean over an element and its direct neighbours, zeros beyond the border, added to ``start``.
-
-    The taps are added in memory order with one multiply-add each. That is how the convolution that kornia calls rounds;
-    elements that tie for the extreme of a field there tie here, and share its gradient alike.
-    """
-    weight = _STENCIL_WEIGHT[axes]
-    padded = F.pad(field, (1, 1) * axes)
-    axis_order = range(-axes, 0)
-    before = [_shifted(padded, axis, 0) for axis in axis_order]
-    after = [_shifted(padded, axis, 2) for axis in reversed(axis_order)]
-    taps = [*before, field, *after]
-    result = taps[0] * weight if start is None else torch.add(start, taps[0], alpha=weight)
-    for tap in taps[1:]:
-        result = torch.add(result, tap, alpha=weight)
-    return result
-
-
-def _shifted(padded: Tensor, axis: int, start: int) -> Tensor:
-    """View of the unpadded size that starts at ``start`` along one axis and at 1 along the others."""
-    for other in range(2, padded.dim()):
-        shift = start if other == padded.dim() + axis else 1
-        padded = padded.narrow(other, shift, padded.shape[other] - 2)
-    return padded
-
-
-def _stretch_limits(dilation: Tensor, spatial: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Lower bound and range that take max(dilation - 0.5, 0) to [0, 1] per field; 0.5 and 0 for a flat field."""
-    lowest = dilation.amin(spatial, keepdim=True).clamp(min=0.5)
-    extent = dilation.amax(spatial, keepdim=True).clamp(min=0.5) - lowest
-    return torch.where(extent == 0, 0.5, lowest), extent
-
-
-def _stretch(dilation: Tensor, lower: Tensor, extent: Tensor) -> Tensor:
-    """Threshold at the lower bound and divide by the range; a flat field (range 0) is not divided."""
-    return (torch.maximum(dilation, lower) - lower) / torch.where(extent == 0, 1.0, extent)
-
-
 class _Erosion(torch.autograd.Function):
-    """:func:`_erode` with its gradient written out: one saved field per erosion, where autograd would keep eight.
+    """The erosions with their gradient written out: one saved field per erosion, where autograd would keep eight.
 
     The sum over erosions is the first output; the other outputs are the saved tensors, which a function that separates
     its context from its forward has to return.
     """
 
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(
         pred: Tensor, target: Tensor, classes: Tensor, weights: Sequence[float], axes: int, keep_field: bool
     ) -> tuple[Tensor, ...]:
-        return _erode(pred, target, classes, weights, axes, keep_field)
+        return reference.erode(pred, target, classes, weights, axes, keep_field)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        pred, target, classes, ctx.weights, ctx.axes, _ = inputs
+        pred, target, classes, ctx.weights, ctx.axes, ctx.keep_field = inputs
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(pred, target, classes, *output[1:])
@@ -301,8 +237,10 @@ class _Erosion(torch.autograd.Function):
         if grads[0] is None:
             return None, None, None, None, None, None
         pred, target, classes, *saved = ctx.saved_tensors
-        gradient = _erosion_gradient(grads[0], ctx.weights, saved, ctx.axes)
-        gradient = gradient * (_difference(pred, target, classes) * 2)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return _second_gradient(ctx, pred, target, classes, grads[0]), None, None, None, None, None
+        gradient = reference.erosion_gradient(grads[0], ctx.weights, saved, ctx.axes)
+        gradient = gradient * (reference.difference(pred, target, classes) * 2)
         # Where ranges of one rounding step follow each other the slopes can leave float32: finite all the same. But a
         # gradient or a prediction that came in as NaN or inf (a scaled loss that overflowed) must be seen going out.
         poison = (grads[0].sum() + saved[0].sum()) * 0
@@ -310,7 +248,7 @@ class _Erosion(torch.autograd.Function):
 
 
 class _NativeErosion(torch.autograd.Function):
-    """:func:`_erode` in C++, which goes back through each field right after it, while its erosions are in the cache.
+    """The erosions in C++, which goes back through each field right after it, while its erosions are in the cache.
 
     For a sum over the field, whose gradient is one number times a field, that field is all that is saved. For the field
     itself the gradient depends on what comes back, and the erosions are computed again then.
@@ -326,7 +264,7 @@ class _NativeErosion(torch.autograd.Function):
         keep_field: bool,
         wants_gradient: bool,
     ) -> tuple[Tensor, ...]:
-        stencil = _STENCIL_WEIGHT[axes]
+        stencil = reference.STENCIL_WEIGHT[axes]
         sums, field, unit = native.erosion(
             pred, target, classes, weights, stencil, axes, None, keep_field, wants_gradient and not keep_field
         )
@@ -349,14 +287,14 @@ class _NativeErosion(torch.autograd.Function):
             return _second_gradient(ctx, pred, target, classes, grads[0]), None, None, None, None, None, None
         poison = (grads[0].sum() + total.sum()) * 0  # as in the plain form; the kernel's own gradients are finite
         if ctx.keep_field:
-            stencil = _STENCIL_WEIGHT[ctx.axes]
+            stencil = reference.STENCIL_WEIGHT[ctx.axes]
             found = native.erosion(pred, target, classes, ctx.weights, stencil, ctx.axes, grads[0], False, True)
             return found[2] + poison, None, None, None, None, None, None
         return native.scaled(unit, grads[0] + poison), None, None, None, None, None, None
 
 
 class _TritonErosion(torch.autograd.Function):
-    """:func:`_erode` in Triton, one launch per erosion each way."""
+    """The erosions in Triton, one launch per erosion each way."""
 
     @staticmethod
     def forward(
@@ -387,47 +325,10 @@ class _TritonErosion(torch.autograd.Function):
 
 
 def _second_gradient(ctx: Any, pred: Tensor, target: Tensor, classes: Tensor, grad: Tensor) -> Tensor:
-    """Give a gradient that has one itself, through the plain form."""
-    again = _Erosion.apply(pred, target, classes, ctx.weights, ctx.axes, ctx.keep_field)[0]
+    """Give a gradient that has one itself, through PyTorch's own operators."""
+    again = reference.erode_differentiably(pred, target, classes, ctx.weights, ctx.axes, ctx.keep_field)
     (gradient,) = torch.autograd.grad(again, pred, grad, create_graph=True)
     return gradient
-
-
-def _erosion_gradient(grad: Tensor, weights: Sequence[float], saved: Sequence[Tensor], axes: int) -> Tensor:
-    """Gradient with respect to the squared difference, from the last erosion back to the first."""
-    k = len(weights)
-    gradient = (grad * weights[-1]).expand_as(saved[0])
-    for i in range(k - 1, -1, -1):
-        onto_dilation = _stretch_gradient(gradient, saved[i], saved[k + i], saved[2 * k + i], axes)
-        # The stencil is symmetric, so it is its own transpose.
-        start = None if i == 0 else (grad * weights[i - 1]).expand_as(onto_dilation)
-        gradient = _stencil(onto_dilation, axes, start)
-    return gradient
-
-
-def _stretch_gradient(grad: Tensor, dilation: Tensor, lower: Tensor, extent: Tensor, axes: int) -> Tensor:
-    """Gradient of :func:`_stretch` and of its limits; elements that share an extreme share its gradient equally.
-
-    Ties are read off the stretched field, exactly 1 at the maximum and exactly 0 at or below the minimum, with floor
-    and ceil: on a CPU these cost a tenth of comparing and selecting.
-    """
-    spatial = tuple(range(-axes, 0))
-    stretched = _stretch(dilation, lower, extent)
-    at_maximum, above_minimum = stretched.floor(), stretched.ceil()
-    onto_dilation = grad / torch.where(extent == 0, 1.0, extent)
-    moves = (extent != 0).to(grad.dtype)  # the limits of a flat field are constants
-    onto_range = -(onto_dilation * stretched).sum(spatial, keepdim=True) * moves
-    onto_minimum = -onto_dilation.sum(spatial, keepdim=True) * moves - onto_range
-    elements = math.prod(dilation.shape[-axes:])
-    per_maximum = onto_range / at_maximum.sum(spatial, keepdim=True).clamp(min=1)
-    per_minimum = onto_minimum / (elements - above_minimum.sum(spatial, keepdim=True)).clamp(min=1)
-    onto_dilation = onto_dilation + per_minimum
-    onto_dilation = torch.addcmul(onto_dilation, at_maximum, per_maximum)
-    onto_dilation = torch.addcmul(onto_dilation, above_minimum, per_minimum, value=-1)
-    # Nothing flows below the threshold, and all of it at the threshold itself, as in kornia.
-    below_half = 0.5 - torch.finfo(dilation.dtype).eps / 4
-    passed: Tensor = torch.ops.aten.threshold_backward(onto_dilation, dilation, below_half)
-    return passed
 
 
 def _check_erosions(alpha: float, k: int) -> None:

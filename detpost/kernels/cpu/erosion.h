@@ -1,5 +1,11 @@
 // The erosion loss: k erosions of the squared error, and the gradient back through them.
 // Included by native.cpp in the namespace of each instruction set.
+//
+// Errors are mostly thin: after an erosion or two most of a field is 0, and stays so. Each row keeps the span of what is
+// not, and nothing is computed outside the spans, in either direction: there the stretched field is 0, the gradient is
+// what the loss hands out itself, and none of it passes the threshold.
+//
+// Which elements tie for an extreme is decided up to rounding, as detpost/reference/erosion.py explains.
 
 static void find_range(const int64_t* values, int64_t count, int64_t* range) {
   int64_t least = values[0], greatest = values[0];
@@ -12,6 +18,9 @@ static void find_range(const int64_t* values, int64_t count, int64_t* range) {
 }
 
 DETPOST_INLINE void multiply_add(Floats& sum, const Floats& value, float weight) { sum = sum + value * weight; }
+
+DETPOST_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+DETPOST_INLINE int64_t greater(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // One field with a border of zeros one row and one slice thick and a stride with room for one column on either side.
 struct Grid {
@@ -35,13 +44,120 @@ DETPOST_INLINE Rows rows_of_plane(const Grid& grid, int64_t plane) {
   return grid.axes == 3 ? Rows{plane, 0, grid.height} : Rows{0, plane, plane + 1};
 }
 
-struct Limits {
-  float lower, extent;  // extent 0: the field is flat
+// Columns [first, last) of a row; none where last is not greater.
+struct Span {
+  int64_t first, last;
 };
 
-struct Range {
-  float least, greatest;
+constexpr Span kNoSpan{int64_t(1) << 40, 0};  // so far beyond every row that it joins with any other span
+
+DETPOST_INLINE Span joined(const Span& a, const Span& b) { return {smaller(a.first, b.first), greater(a.last, b.last)}; }
+
+// To whole registers: the row has room for the last.
+DETPOST_INLINE Span in_registers(const Grid& grid, const Span& span) {
+  return {greater(span.first, 0) / kLanes * kLanes, (smaller(span.last, grid.width) + kLanes - 1) / kLanes * kLanes};
+}
+
+DETPOST_INLINE int64_t number_of_row(const Grid& grid, int64_t z, int64_t y) { return z * grid.height + y; }
+
+// Where a stencil over this row finds anything of what lies in the spans of a field.
+DETPOST_INLINE Span reach(const Grid& grid, const Span* spans, int64_t z, int64_t y) {
+  const Span* at = spans + number_of_row(grid, z, y);
+  Span found{at->first - 1, at->last + 1};
+  if (y > 0) found = joined(found, at[-1]);
+  if (y + 1 < grid.height) found = joined(found, at[1]);
+  if (z > 0) found = joined(found, *(at - grid.height));
+  if (z + 1 < grid.depth) found = joined(found, at[grid.height]);
+  return in_registers(grid, found);
+}
+
+// What is done with the dilations of one step.
+struct Step {
+  float lower, extent;       // of the stretch; extent 0: the field is flat
+  float top, bottom, half;   // from where on dilations tie with the maximum, the lower limit and the threshold
+  bool is_flat;              // the maximum ties with the lower limit
 };
+
+struct Extremes {
+  Floats least, greatest;
+};
+
+DETPOST_INLINE Extremes no_extremes() {
+  Extremes extremes;
+  fill(extremes.least, kInfinity);
+  fill(extremes.greatest, -kInfinity);
+  return extremes;
+}
+
+// `carried` is the error that the steps before have left, and is taken on to the next one.
+DETPOST_INLINE Step step_of(const Extremes& extremes, int axes, double& carried) {
+  float least = extremes.least[0], greatest = extremes.greatest[0];
+  for (int lane = 1; lane < kLanes; ++lane) {
+    least = extremes.least[lane] < least ? extremes.least[lane] : least;
+    greatest = extremes.greatest[lane] > greatest ? extremes.greatest[lane] : greatest;
+  }
+  const float lower = least > 0.5f ? least : 0.5f;
+  greatest = greatest > 0.5f ? greatest : 0.5f;
+  const float extent = greatest - lower;
+  const double step = (2 * axes + 4) * static_cast<double>(std::numeric_limits<float>::epsilon());
+  const double slack = carried + step * greatest;
+  const Step found{extent == 0.0f ? 0.5f : lower,
+                   extent,
+                   static_cast<float>(greatest - slack),
+                   static_cast<float>(lower + carried + step * lower),
+                   static_cast<float>(0.5 - 0.5 * step - carried),
+                   extent <= slack};
+  const double grown = 0.5 * slack / (extent == 0.0f ? 1.0f : extent);
+  carried = grown < 1.0 ? grown : 1.0;
+  return found;
+}
+
+// What belongs to a field while it is worked on.
+struct Field {
+  const ErosionArguments& of;
+  Grid grid;
+  int64_t elements, number;  // number: the class id
+  const float* pred;         // rows without a border, as the next three
+  const int64_t* target;
+  float* sum;              // of the stretched erosions, weighted; or null
+  const float* cotangent;  // or null
+  float* bound;            // on the grid: what is dilated next
+  float* dilations;        // of each step, or of two that take turns where no gradient is wanted
+  Span* spans;             // for each step and one before: where the field that it dilates is not 0, or passes the threshold
+  Step* steps;
+  int alive;  // the steps before the field was 0
+
+  int64_t rows() const { return grid.depth * grid.height; }
+  float* dilation(int step) const { return dilations + (of.gradient ? step : step % 2) * grid.size(); }
+  Span* spans_before(int step) const { return spans + step * rows(); }
+  Span* spans_after(int step) const { return spans + (step + 1) * rows(); }
+};
+
+constexpr float kLargestDifference = 1e12f;
+
+DETPOST_INLINE float clamped_difference(float pred, bool is_class) {
+  const float difference = pred - (is_class ? 1.0f : 0.0f);
+  return difference > kLargestDifference ? kLargestDifference
+         : difference < -kLargestDifference ? -kLargestDifference : difference;
+}
+
+// Fills a plane of `bound` with the squared error; returns whether all of it is numbers.
+static bool squared_error_plane(const Field& field, int64_t plane) {
+  const Rows rows = rows_of_plane(field.grid, plane);
+  int32_t odd = 0;
+  for (int64_t y = rows.first; y < rows.last; ++y) {
+    const int64_t first = number_of_row(field.grid, rows.z, y) * field.grid.width;
+    const float* pred = field.pred + first;
+    const int64_t* target = field.target + first;
+    float* to = field.bound + field.grid.row(rows.z, y);
+    for (int64_t x = 0; x < field.grid.width; ++x) {
+      const float difference = clamped_difference(pred[x], target[x] == field.number);
+      to[x] = difference * difference;
+      odd |= difference != difference;
+    }
+  }
+  return odd == 0;
+}
 
 // Mean over an element and its direct neighbours; taps in memory order, one multiply-add each, as a convolution rounds.
 DETPOST_INLINE void stencil_lanes(const Grid& grid, const float* at, float weight, Floats& sum) {
@@ -74,79 +190,35 @@ DETPOST_INLINE void clear_beyond(Floats& values, int64_t valid, float filler) {
   for (int64_t lane = valid; lane < kLanes; ++lane) values[lane] = filler;
 }
 
-struct Extremes {
-  Floats least, greatest;
-};
-
-static void dilate_plane(const Grid& grid, int64_t plane, const float* bound, float* dilation, float weight,
-                         Extremes& extremes) {
+static void dilate_plane(const Field& field, int step, int64_t plane, Extremes& extremes) {
+  const Grid& grid = field.grid;
   const Rows rows = rows_of_plane(grid, plane);
+  const float weight = field.of.stencil_weight;
   Floats least = extremes.least, greatest = extremes.greatest, sum;
   for (int64_t y = rows.first; y < rows.last; ++y) {
-    const float* from = bound + grid.row(rows.z, y);
-    float* to = dilation + grid.row(rows.z, y);
-    int64_t x = 0;
-    for (; x + kLanes <= grid.width; x += kLanes) {
+    const Span span = reach(grid, field.spans_before(step), rows.z, y);
+    const float* from = field.bound + grid.row(rows.z, y);
+    float* to = field.dilation(step) + grid.row(rows.z, y);
+    if (span.first > 0 || span.last < grid.width) fill(least, 0.0f);
+    int64_t x = span.first;
+    for (; x < smaller(span.last, grid.width - kLanes + 1); x += kLanes) {
       stencil_lanes(grid, from + x, weight, sum);
       store(to + x, sum);
       least = sum < least ? sum : least;
       greatest = sum > greatest ? sum : greatest;
     }
-    if (x < grid.width) {
+    if (x < span.last) {
       stencil_lanes(grid, from + x, weight, sum);
-      Floats low = sum, high = sum;
+      Floats low = sum;
       clear_beyond(low, grid.width - x, kInfinity);
-      clear_beyond(high, grid.width - x, -kInfinity);
       clear_beyond(sum, grid.width - x, 0.0f);
       store(to + x, sum);
       least = low < least ? low : least;
-      greatest = high > greatest ? high : greatest;
+      greatest = sum > greatest ? sum : greatest;
     }
   }
   extremes.least = least;
   extremes.greatest = greatest;
-}
-
-DETPOST_INLINE Extremes no_extremes() {
-  Extremes extremes;
-  fill(extremes.least, kInfinity);
-  fill(extremes.greatest, -kInfinity);
-  return extremes;
-}
-
-DETPOST_INLINE Range range_of(const Extremes& extremes) {
-  Range range{extremes.least[0], extremes.greatest[0]};
-  for (int lane = 1; lane < kLanes; ++lane) {
-    range.least = extremes.least[lane] < range.least ? extremes.least[lane] : range.least;
-    range.greatest = extremes.greatest[lane] > range.greatest ? extremes.greatest[lane] : range.greatest;
-  }
-  return range;
-}
-
-DETPOST_INLINE Limits limits_of(const Range& range) {
-  const float least = range.least > 0.5f ? range.least : 0.5f;
-  const float greatest = range.greatest > 0.5f ? range.greatest : 0.5f;
-  const float extent = greatest - least;
-  return {extent == 0.0f ? 0.5f : least, extent};
-}
-
-DETPOST_INLINE void stretch_lanes(Floats& values, const Limits& limits) {
-  Floats lower;
-  fill(lower, limits.lower);
-  values = (values > lower ? values : lower) - lower;
-  if (limits.extent == 0.0f) return;
-#if DETPOST_FMA
-  if (limits.extent > 1e-30f) {
-    // A division's own result at a quarter of its time: the product with the inverse, mended by what it leaves over, which
-    // a fused multiply-add gives exactly (Markstein 1990).
-    const float inverse = 1.0f / limits.extent;
-    const Floats product = values * inverse;
-    const Floats rest = values - product * limits.extent;
-    values = product + rest * inverse;
-    return;
-  }
-#endif
-  values = values / limits.extent;
 }
 
 DETPOST_INLINE double sum_lanes(const Floats& values) {
@@ -174,163 +246,213 @@ DETPOST_INLINE void add_row(RowSum& sum, const Floats& row) {
   if (++sum.rows == 32) flush(sum);
 }
 
-// Writes the stretched plane, adds it to `field` (rows without a border) weighted, and to the sum.
-static void stretch_plane(const Grid& grid, int64_t plane, const float* dilation, const Limits& limits, float* bound,
-                          float* field, float weight, RowSum& total) {
+// Height above the lower limit: what a stretched element is before it is divided by the range.
+DETPOST_INLINE void height_lanes(Floats& values, float limit) {
+  Floats lower;
+  fill(lower, limit);
+  values = (values > lower ? values : lower) - lower;
+}
+
+DETPOST_INLINE void divide_lanes(Floats& values, float divisor) {
+#if DETPOST_FMA
+  // A division's own result at a quarter of its time: the product with the inverse, mended by what it leaves over, which
+  // a fused multiply-add gives exactly (Markstein 1990).
+  const float inverse = 1.0f / divisor;
+  const Floats product = values * inverse;
+  const Floats rest = values - product * divisor;
+  values = product + rest * inverse;
+#else
+  values = values / divisor;
+#endif
+}
+
+// Stretches a plane into `bound`, adds it to the sums, and finds its spans. Returns whether there are any.
+static bool stretch_plane(const Field& field, int step, int64_t plane, RowSum& total) {
+  const Grid& grid = field.grid;
+  const Step& limits = field.steps[step];
+  const float divisor = limits.extent == 0.0f ? 1.0f : limits.extent;
+  const float weight = static_cast<float>(field.of.weights[step]);
   const Rows rows = rows_of_plane(grid, plane);
+  Floats half;
+  fill(half, limits.half);
+  bool any = false;
   for (int64_t y = rows.first; y < rows.last; ++y) {
-    const float* from = dilation + grid.row(rows.z, y);
-    float* to = bound + grid.row(rows.z, y);
+    const Span span = reach(grid, field.spans_before(step), rows.z, y);
+    const float* from = field.dilation(step) + grid.row(rows.z, y);
+    float* to = field.bound + grid.row(rows.z, y);
+    Span found = kNoSpan;
     Floats sum, values;
     fill(sum, 0.0f);
-    for (int64_t x = 0; x < grid.width; x += kLanes) {
+    for (int64_t x = span.first; x < span.last; x += kLanes) {
       load(values, from + x);
-      stretch_lanes(values, limits);
-      if (x + kLanes > grid.width) clear_beyond(values, grid.width - x, 0.0f);
+      const uint32_t passes = lane_bits(values >= half);
+      height_lanes(values, limits.lower);
+      divide_lanes(values, divisor);
       store(to + x, values);
+      if (passes == 0) continue;
       sum += values;
+      found = joined(found, {x + __builtin_ctz(passes), x + 32 - __builtin_clz(passes)});
     }
+    field.spans_after(step)[number_of_row(grid, rows.z, y)] = found;
+    if (found.last == 0) continue;
+    any = true;
     add_row(total, sum);
-    if (field) {
-      float* out = field + (rows.z * grid.height + y) * grid.width;
-      for (int64_t x = 0; x < grid.width; ++x) out[x] += weight * to[x];
+    if (field.sum) {
+      float* out = field.sum + number_of_row(grid, rows.z, y) * grid.width;
+      for (int64_t x = found.first; x < found.last; ++x) out[x] += weight * to[x];
     }
   }
+  return any;
 }
 
-constexpr float kLargestDifference = 1e12f;
-
-DETPOST_INLINE float clamped_difference(float pred, bool is_class) {
-  const float difference = pred - (is_class ? 1.0f : 0.0f);
-  return difference > kLargestDifference ? kLargestDifference
-         : difference < -kLargestDifference ? -kLargestDifference : difference;
-}
-
-// Fills `bound` with the squared error; returns whether all of it is numbers.
-static bool squared_error(const Grid& grid, const float* pred, const int64_t* target, int64_t number, float* bound) {
+// All erosions; returns the weighted sum over them and over the elements, which is NaN where one element is: it takes the
+// extremes of its field with it, and these every element.
+static double erode(Field& field) {
+  const int64_t planes = planes_of(field.grid);
+  Extremes extremes = no_extremes();
   bool numbers = true;
-  for (int64_t z = 0; z < grid.depth; ++z) {
-    for (int64_t y = 0; y < grid.height; ++y) {
-      const int64_t first = (z * grid.height + y) * grid.width;
-      float* to = bound + grid.row(z, y);
-      int32_t odd = 0;
-      for (int64_t x = 0; x < grid.width; ++x) {
-        const float difference = clamped_difference(pred[first + x], target[first + x] == number);
-        to[x] = difference * difference;
-        odd |= difference != difference;
-      }
-      numbers = numbers && !odd;
-    }
+  for (int64_t plane = 0; plane <= planes; ++plane) {
+    if (plane < planes) numbers = squared_error_plane(field, plane) && numbers;
+    if (plane > 0) dilate_plane(field, 0, plane - 1, extremes);
   }
-  return numbers;
-}
-
-// What a stretched element is made of: its height above the lower limit. Its quotient with the range is exactly 1 for the
-// range itself alone, and 0 for 0 alone, so that extremes are told without a division.
-DETPOST_INLINE void height_lanes(Floats& values, const Limits& limits) {
-  Floats lower;
-  fill(lower, limits.lower);
-  values = (values > lower ? values : lower) - lower;
+  field.alive = 0;
+  if (!numbers) return std::numeric_limits<double>::quiet_NaN();
+  double total = 0, carried = 0;
+  for (int step = 0; step < field.of.steps; ++step) {
+    field.steps[step] = step_of(extremes, field.grid.axes, carried);
+    extremes = no_extremes();
+    RowSum sum;
+    bool any = false;
+    for (int64_t plane = 0; plane <= planes; ++plane) {
+      if (plane < planes) any = stretch_plane(field, step, plane, sum) || any;
+      if (plane > 0 && step + 1 < field.of.steps) dilate_plane(field, step + 1, plane - 1, extremes);
+    }
+    if (!any) break;
+    total += field.of.weights[step] * flush(sum);
+    field.alive = step + 1;
+  }
+  return total;
 }
 
 // The sums that the gradients of a stretch's limits are made of.
 struct StretchSums {
-  RowSum gradient, product, maxima, minima;
+  double gradient = 0;             // of the stretched field, over all its elements
+  RowSum product, maxima, higher;  // gradient times height; how many tie with the maximum; how many not with the minimum
 };
-
-// Adds a row of them: the gradient that comes back to the stretched row, and the row before the stretch.
-DETPOST_INLINE void add_row(const Grid& grid, const float* gradient, const float* dilation, const Limits& limits,
-                            StretchSums& total) {
-  Floats onto_sum, product, maxima, minima, top, none, one, height, onto;
-  fill(none, 0.0f);
-  fill(one, 1.0f);
-  fill(top, limits.extent == 0.0f ? 1.0f : limits.extent);
-  onto_sum = product = maxima = minima = none;
-  for (int64_t x = 0; x < grid.width; x += kLanes) {
-    load(height, dilation + x);
-    load(onto, gradient + x);
-    height_lanes(height, limits);
-    Floats at_maximum = height >= top ? one : none, at_minimum = height <= none ? one : none;
-    if (x + kLanes > grid.width) {
-      clear_beyond(at_maximum, grid.width - x, 0.0f);  // `onto` is 0 there
-      clear_beyond(at_minimum, grid.width - x, 0.0f);
-    }
-    onto_sum += onto;
-    product += onto * height;
-    maxima += at_maximum;
-    minima += at_minimum;
-  }
-  add_row(total.gradient, onto_sum);
-  add_row(total.product, product);
-  add_row(total.maxima, maxima);
-  add_row(total.minima, minima);
-}
 
 // How the gradient goes back through a stretch; elements that share an extreme share its gradient equally.
 struct StretchShares {
   float scale, per_maximum, per_minimum;
 };
 
-DETPOST_INLINE StretchShares shares_of(StretchSums& sums, const Limits& limits) {
-  if (limits.extent == 0.0f) return {1.0f, 0.0f, 0.0f};  // the limits of a flat field are constants
+static StretchShares shares_of(const Field& field, StretchSums& sums, const Step& limits) {
+  if (limits.is_flat) return {1.0f, 0.0f, 0.0f};  // the limits of a flat field are constants
   const double scale = 1.0 / limits.extent;
   const double onto_range = -flush(sums.product) * scale * scale;
-  const double onto_minimum = -flush(sums.gradient) * scale - onto_range;
-  const double maxima = flush(sums.maxima), minima = flush(sums.minima);
+  const double onto_minimum = -sums.gradient * scale - onto_range;
+  const double maxima = flush(sums.maxima), minima = field.elements - flush(sums.higher);
   return {static_cast<float>(scale), static_cast<float>(onto_range / (maxima < 1 ? 1 : maxima)),
           static_cast<float>(onto_minimum / (minima < 1 ? 1 : minima))};
 }
 
-// In place: from the gradient of the stretched plane to that of the plane before.
-static void stretch_back_plane(const Grid& grid, int64_t plane, float* gradient, const float* dilation,
-                               const Limits& limits, const StretchShares& shares) {
-  const float below_half = 0.5f - std::numeric_limits<float>::epsilon() / 4;  // at the threshold itself all passes
-  Floats none, top, values, onto, half, maximum_share, minimum_share;
+// What the loss hands to the results of one step directly.
+DETPOST_INLINE void direct_lanes(const float* cotangent, int64_t valid, float weight, Floats& direct) {
+  fill(direct, weight);
+  if (!cotangent) return;
+  Floats given = {};
+  if (valid >= kLanes) {
+    load(given, cotangent);
+  } else {
+    std::memcpy(&given, cotangent, static_cast<size_t>(valid) * sizeof(float));
+  }
+  direct = direct * given;
+}
+
+// Writes the gradient of a plane that a step has stretched, on its spans: what the loss hands out, and what comes back
+// through the stencil from the step after it, unless there is none. Adds the plane to the sums.
+static void gradient_plane(const Field& field, int step, int64_t plane, const float* from, float* to, const Span* stale,
+                           StretchSums& sums) {
+  const Grid& grid = field.grid;
+  const Step& limits = field.steps[step];
+  const float weight = static_cast<float>(field.of.weights[step]);
+  const Rows rows = rows_of_plane(grid, plane);
+  Floats top, bottom, none, one, onto, direct, height;
+  fill(top, limits.top);
+  fill(bottom, limits.bottom);
   fill(none, 0.0f);
-  fill(top, limits.extent == 0.0f ? 1.0f : limits.extent);
-  fill(half, below_half);
+  fill(one, 1.0f);
+  for (int64_t y = rows.first; y < rows.last; ++y) {
+    const int64_t at = grid.row(rows.z, y), number = number_of_row(grid, rows.z, y);
+    if (stale) {
+      const Span old = in_registers(grid, stale[number]);
+      for (int64_t x = old.first; x < old.last; x += kLanes) store(to + at + x, none);
+    }
+    const Span span = in_registers(grid, field.spans_after(step)[number]);
+    if (span.first >= span.last) continue;
+    const float* cotangent = field.cotangent ? field.cotangent + number * grid.width : nullptr;
+    const float* dilation = field.dilation(step) + at;
+    Floats product = none, maxima = none, higher = none;
+    for (int64_t x = span.first; x < span.last; x += kLanes) {
+      direct_lanes(cotangent ? cotangent + x : nullptr, grid.width - x, weight, direct);
+      onto = direct;
+      if (from) {
+        stencil_lanes(grid, from + at + x, field.of.stencil_weight, onto);
+        onto += direct;
+      }
+      store(to + at + x, onto);
+      load(height, dilation + x);
+      maxima += height >= top ? one : none;
+      higher += height > bottom ? one : none;
+      height_lanes(height, limits.lower);
+      product += onto * height;
+    }
+    add_row(sums.product, product);
+    add_row(sums.maxima, maxima);
+    add_row(sums.higher, higher);
+  }
+}
+
+// The sum over a field of what the stencil makes of another, in parts: a border loses a tap for each side it lies on.
+struct Outflow {
+  RowSum all, lost;
+  double sides = 0;
+};
+
+// In place, on the spans: from the gradient of a stretched plane to that of the plane before. What lies in the registers
+// of a span and not in the span itself is below the threshold.
+static void stretch_back_plane(const Field& field, int step, int64_t plane, float* gradient, const StretchShares& shares,
+                               Outflow& outflow) {
+  const Grid& grid = field.grid;
+  const Step& limits = field.steps[step];
+  Floats none, top, bottom, half, maximum_share, minimum_share, values, onto;
+  fill(none, 0.0f);
+  fill(top, limits.top);
+  fill(bottom, limits.bottom);
+  fill(half, limits.half);
   fill(maximum_share, shares.per_maximum);
   fill(minimum_share, shares.per_minimum);
   const Rows rows = rows_of_plane(grid, plane);
   for (int64_t y = rows.first; y < rows.last; ++y) {
+    const Span span = in_registers(grid, field.spans_after(step)[number_of_row(grid, rows.z, y)]);
+    if (span.first >= span.last) continue;
     float* grad = gradient + grid.row(rows.z, y);
-    const float* from = dilation + grid.row(rows.z, y);
-    for (int64_t x = 0; x < grid.width; x += kLanes) {
+    const float* from = field.dilation(step) + grid.row(rows.z, y);
+    Floats sum = none;
+    for (int64_t x = span.first; x < span.last; x += kLanes) {
       load(values, from + x);
       load(onto, grad + x);
-      Floats height = values;
-      height_lanes(height, limits);
-      onto = onto * shares.scale + (height >= top ? maximum_share : none) + (height <= none ? minimum_share : none);
-      onto = values > half ? onto : none;
-      if (x + kLanes > grid.width) clear_beyond(onto, grid.width - x, 0.0f);
+      onto = onto * shares.scale + (values >= top ? maximum_share : none) + (values <= bottom ? minimum_share : none);
+      onto = values >= half ? onto : none;
       store(grad + x, onto);
+      sum += onto;
     }
-  }
-}
-
-// The stencil is symmetric, so it is its own transpose; `cotangent` (rows without a border, or null for ones) is what
-// the loss hands to this step's result directly. Adds the sums of the stretch before it, unless that is null.
-static void stencil_back_plane(const Grid& grid, int64_t plane, const float* from, float* to, float stencil_weight,
-                               const float* cotangent, float weight, const float* dilation, const Limits* limits,
-                               StretchSums& sums) {
-  Floats sum, direct;
-  const Rows rows = rows_of_plane(grid, plane);
-  for (int64_t y = rows.first; y < rows.last; ++y) {
-    const float* source = from + grid.row(rows.z, y);
-    float* out = to + grid.row(rows.z, y);
-    for (int64_t x = 0; x < grid.width; x += kLanes) {
-      stencil_lanes(grid, source + x, stencil_weight, sum);
-      fill(direct, weight);
-      const int64_t valid = grid.width - x < kLanes ? grid.width - x : kLanes;
-      if (cotangent) {
-        const float* given = cotangent + (rows.z * grid.height + y) * grid.width + x;
-        for (int64_t lane = 0; lane < valid; ++lane) direct[lane] = weight * given[lane];
-      }
-      sum = sum + direct;
-      if (valid < kLanes) clear_beyond(sum, valid, 0.0f);
-      store(out + x, sum);
-    }
-    if (dilation) add_row(grid, out, dilation + grid.row(rows.z, y), *limits, sums);
+    add_row(outflow.all, sum);
+    if (y == 0) add_row(outflow.lost, sum);
+    if (y + 1 == grid.height) add_row(outflow.lost, sum);
+    if (grid.axes == 3 && rows.z == 0) add_row(outflow.lost, sum);
+    if (grid.axes == 3 && rows.z + 1 == grid.depth) add_row(outflow.lost, sum);
+    if (span.first == 0) outflow.sides += grad[0];
+    if (span.last >= grid.width) outflow.sides += grad[grid.width - 1];
   }
 }
 
@@ -338,6 +460,106 @@ DETPOST_INLINE float finite(float value) {
   constexpr float largest = std::numeric_limits<float>::max();
   if (value != value) return 0.0f;
   return value > largest ? largest : value < -largest ? -largest : value;
+}
+
+// From the gradient of the first dilation to that of the prediction.
+static void last_plane(const Field& field, int64_t plane, const float* from, float* gradient) {
+  const Grid& grid = field.grid;
+  const Rows rows = rows_of_plane(grid, plane);
+  Floats onto[1];
+  for (int64_t y = rows.first; y < rows.last; ++y) {
+    const int64_t first = number_of_row(grid, rows.z, y) * grid.width;
+    const Span span = reach(grid, field.spans_after(0), rows.z, y);
+    const float* at = from + grid.row(rows.z, y);
+    const float* pred = field.pred + first;
+    const int64_t* target = field.target + first;
+    float* out = gradient + first;
+    std::memset(out, 0, static_cast<size_t>(grid.width) * sizeof(float));
+    for (int64_t x = span.first; x < span.last; x += kLanes) {
+      stencil_lanes(grid, at + x, field.of.stencil_weight, onto[0]);
+      const int64_t valid = smaller(kLanes, grid.width - x);
+      for (int64_t lane = 0; lane < valid; ++lane) {
+        // Where ranges of one rounding step follow each other the slopes can leave float32: finite all the same.
+        const float difference = clamped_difference(pred[x + lane], target[x + lane] == field.number);
+        out[x + lane] = finite(onto[0][lane] * 2.0f * difference);
+      }
+    }
+  }
+}
+
+static double total_cotangent(const Field& field) {
+  if (!field.cotangent) return static_cast<double>(field.elements);
+  double total = 0;
+  for (int64_t i = 0; i < field.elements; ++i) total += field.cotangent[i];
+  return total;
+}
+
+// Back through all erosions, into `gradient`, rows without a border.
+static void back(const Field& field, float* gradient) {
+  if (field.alive == 0) {
+    std::memset(gradient, 0, static_cast<size_t>(field.elements) * sizeof(float));
+    return;
+  }
+  const int64_t planes = planes_of(field.grid);
+  const double handed_out = total_cotangent(field);
+  float *from = scratch.take<float>(3, field.grid.size()), *to = field.bound;
+  std::memset(from, 0, field.grid.size() * sizeof *from);
+  int step = field.alive - 1;
+  StretchSums sums;
+  sums.gradient = field.of.weights[step] * handed_out;
+  for (int64_t plane = 0; plane < planes; ++plane) gradient_plane(field, step, plane, nullptr, from, nullptr, sums);
+  // Where each of the two holds what it was filled with before.
+  const Span *in_from = field.spans_after(step), *in_to = in_from;
+  for (; step >= 0; --step) {
+    const StretchShares shares = shares_of(field, sums, field.steps[step]);
+    sums = StretchSums();
+    Outflow outflow;
+    for (int64_t plane = 0; plane <= planes; ++plane) {
+      if (plane < planes) stretch_back_plane(field, step, plane, from, shares, outflow);
+      if (plane == 0) continue;
+      if (step > 0) {
+        gradient_plane(field, step - 1, plane - 1, from, to, in_to, sums);
+      } else {
+        last_plane(field, plane - 1, from, gradient);
+      }
+    }
+    if (step == 0) break;
+    const double taps = 2 * field.grid.axes + 1;
+    const double flown = taps * flush(outflow.all) - flush(outflow.lost) - outflow.sides;
+    sums.gradient = field.of.weights[step - 1] * handed_out + field.of.stencil_weight * flown;
+    float* swap = from;
+    from = to;
+    to = swap;
+    in_to = in_from;
+    in_from = field.spans_after(step - 1);
+  }
+}
+
+static void erode_field(const void* data, int64_t index) {
+  const ErosionArguments& of = *static_cast<const ErosionArguments*>(data);
+  const Grid grid{of.depth, of.height, of.width, of.axes};
+  const int64_t elements = of.depth * of.height * of.width, rows = of.depth * of.height, size = grid.size();
+  Field field{of,
+              grid,
+              elements,
+              index % of.classes,
+              of.pred + index * elements,
+              of.target + index / of.classes * elements,
+              of.field ? of.field + index * elements : nullptr,
+              of.cotangent ? of.cotangent + index * elements : nullptr,
+              scratch.take<float>(0, size),
+              scratch.take<float>(1, size * (of.gradient ? of.steps : 2)),
+              scratch.take<Span>(4, rows * (of.steps + 1)),
+              scratch.take<Step>(2, of.steps),
+              0};
+  std::memset(field.bound, 0, size * sizeof *field.bound);
+  for (int64_t row = 0; row < rows; ++row) field.spans[row] = {0, of.width};
+  if (field.sum) std::memset(field.sum, 0, elements * sizeof *field.sum);
+  const double total = erode(field);
+  if (of.totals) of.totals[index] = total;
+  for (int64_t i = 0; field.sum && total != total && i < elements; ++i) field.sum[i] = static_cast<float>(total);
+  if (of.gradient) back(field, of.gradient + index * elements);
+  scratch.trim(size_t(1) << 26);
 }
 
 // Multiplies each field by its factor. What leaves float32 stays finite, but a NaN is seen.
@@ -352,110 +574,4 @@ static void scale_chunk(const void* data, int64_t task) {
     value = value > largest ? largest : value;
     of.out[i] = value < -largest ? -largest : value;
   }
-}
-
-static void fill_rows(const Grid& grid, float* to, const float* cotangent, float weight) {
-  for (int64_t z = 0; z < grid.depth; ++z) {
-    for (int64_t y = 0; y < grid.height; ++y) {
-      float* out = to + grid.row(z, y);
-      const float* given = cotangent ? cotangent + (z * grid.height + y) * grid.width : nullptr;
-      for (int64_t x = 0; x < grid.width; ++x) out[x] = given ? weight * given[x] : weight;
-    }
-  }
-}
-
-static void erode_field(const void* data, int64_t index) {
-  const ErosionArguments& of = *static_cast<const ErosionArguments*>(data);
-  const Grid grid{of.depth, of.height, of.width, of.axes};
-  const int64_t elements = of.depth * of.height * of.width;
-  const float* pred = of.pred + index * elements;
-  const int64_t* target = of.target + index / of.classes * elements;
-  const int64_t number = index % of.classes;
-  float* field = of.field ? of.field + index * elements : nullptr;
-  const int64_t size = grid.size();
-  const int kept = of.gradient ? of.steps : 2;
-  float* bound = scratch.take<float>(0, size);
-  float* dilations = scratch.take<float>(1, size * kept);
-  Limits* limits = scratch.take<Limits>(2, of.steps);
-  std::memset(bound, 0, size * sizeof *bound);
-  if (field) std::memset(field, 0, elements * sizeof *field);
-
-  double total = 0;
-  const bool numbers = squared_error(grid, pred, target, number, bound);
-  if (!numbers) {  // one NaN takes the extremes of its field with it, and these every element
-    const float nan = std::numeric_limits<float>::quiet_NaN();
-    total = nan;
-    for (int64_t i = 0; field && i < elements; ++i) field[i] = nan;
-    for (int64_t i = 0; of.gradient && i < elements; ++i) of.gradient[index * elements + i] = 0.0f;
-    if (of.totals) of.totals[index] = total;
-    return;
-  }
-  const int64_t planes = planes_of(grid);
-  Extremes extremes = no_extremes();
-  for (int64_t plane = 0; plane < planes; ++plane) {
-    dilate_plane(grid, plane, bound, dilations, of.stencil_weight, extremes);
-  }
-  for (int step = 0; step < of.steps; ++step) {
-    // Two fields take turns where no gradient is wanted, since the one is read while the other is written.
-    const float* dilation = dilations + (of.gradient ? step : step % 2) * size;
-    float* next = dilations + (of.gradient ? step + 1 : (step + 1) % 2) * size;
-    limits[step] = limits_of(range_of(extremes));
-    extremes = no_extremes();
-    const double weight = of.weights[step];
-    const bool is_last = step + 1 == of.steps;
-    RowSum sum;
-    for (int64_t plane = 0; plane <= planes; ++plane) {
-      if (plane < planes) {
-        stretch_plane(grid, plane, dilation, limits[step], bound, field, static_cast<float>(weight), sum);
-      }
-      if (plane > 0 && !is_last) dilate_plane(grid, plane - 1, bound, next, of.stencil_weight, extremes);
-    }
-    total += weight * flush(sum);
-  }
-  if (of.totals) of.totals[index] = total;
-
-  if (of.gradient) {
-    const float* cotangent = of.cotangent ? of.cotangent + index * elements : nullptr;
-    float* gradient = scratch.take<float>(3, size);
-    std::memset(gradient, 0, size * sizeof *gradient);
-    std::memset(bound, 0, size * sizeof *bound);
-    float *from = gradient, *to = bound;
-    StretchSums sums;
-    fill_rows(grid, from, cotangent, static_cast<float>(of.weights[of.steps - 1]));
-    for (int64_t z = 0; z < grid.depth; ++z) {
-      for (int64_t y = 0; y < grid.height; ++y) {
-        const int64_t at = grid.row(z, y);
-        add_row(grid, from + at, dilations + (of.steps - 1) * size + at, limits[of.steps - 1], sums);
-      }
-    }
-    for (int step = of.steps - 1; step >= 0; --step) {
-      const float* dilation = dilations + step * size;
-      const float* before = step ? dilation - size : nullptr;
-      const float weight = step ? static_cast<float>(of.weights[step - 1]) : 0.0f;
-      const StretchShares shares = shares_of(sums, limits[step]);
-      sums = StretchSums();
-      for (int64_t plane = 0; plane <= planes; ++plane) {
-        if (plane < planes) stretch_back_plane(grid, plane, from, dilation, limits[step], shares);
-        if (plane > 0) {
-          stencil_back_plane(grid, plane - 1, from, to, of.stencil_weight, cotangent, weight, before,
-                             step ? &limits[step - 1] : nullptr, sums);
-        }
-      }
-      float* swap = from;
-      from = to;
-      to = swap;
-    }
-    for (int64_t z = 0; z < grid.depth; ++z) {
-      for (int64_t y = 0; y < grid.height; ++y) {
-        const int64_t first = (z * grid.height + y) * grid.width;
-        const float* at = from + grid.row(z, y);
-        float* out = of.gradient + index * elements + first;
-        for (int64_t x = 0; x < grid.width; ++x) {
-          // Where ranges of one rounding step follow each other the slopes can leave float32: finite all the same.
-          out[x] = finite(at[x] * 2.0f * clamped_difference(pred[first + x], target[first + x] == number));
-        }
-      }
-    }
-  }
-  scratch.trim(size_t(1) << 26);
 }

@@ -416,16 +416,22 @@ DETPOST_INLINE float greatest_lane(const Floats& values) {
   return best;
 }
 
-DETPOST_INLINE bool any_lane(const Ints& mask) {
+// The lanes of a comparison that hold, lowest bit first.
+DETPOST_INLINE uint32_t lane_bits(const Ints& mask) {
 #if DETPOST_REGISTER == 64
-  return _mm512_movepi32_mask(reinterpret_cast<__m512i>(mask)) != 0;
+  return static_cast<uint32_t>(_mm512_movepi32_mask(reinterpret_cast<__m512i>(mask)));
 #elif DETPOST_REGISTER == 32
-  return _mm256_movemask_ps(reinterpret_cast<__m256>(mask)) != 0;
+  return static_cast<uint32_t>(_mm256_movemask_ps(reinterpret_cast<__m256>(mask)));
+#elif defined(DETPOST_HAS_V3)
+  return static_cast<uint32_t>(_mm_movemask_ps(reinterpret_cast<__m128>(mask)));
+#else
+  uint32_t bits = 0;
+  for (int lane = 0; lane < kLanes; ++lane) bits |= static_cast<uint32_t>(mask[lane] & 1) << lane;
+  return bits;
 #endif
-  int32_t found = 0;
-  for (int lane = 0; lane < kLanes; ++lane) found |= mask[lane];
-  return found != 0;
 }
+
+DETPOST_INLINE bool any_lane(const Ints& mask) { return lane_bits(mask) != 0; }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Selection
