@@ -1,21 +1,16 @@
-"""The exact Euclidean distance transform in torch operators: no host round trip, memory linear in the input."""
+"""The exact Euclidean distance transform: no host round trip, memory linear in the input."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from detpost import kernels
 from detpost.kernels.cpu import native
 from detpost.losses._arguments import exporting, spacing_per_axis
-
-# Elements that one step of the minimum works on when a CPU runs it eagerly: they and their sums stay in its cache.
-_CPU_BLOCK = 1 << 16
-# Output rows per step where a step costs a launch or a graph node: eight times the input in flight, still O(N).
-_ROWS_PER_STEP = 8
+from detpost.reference import distance as reference
 
 
 def distance_transform_edt(mask: Tensor, spacing: float | Sequence[float] | None = None) -> Tensor:
@@ -86,19 +81,9 @@ def squared_distance(inside: Tensor, spacing: tuple[float, ...]) -> tuple[Tensor
         if triton_distance.supported(inside):
             found: tuple[Tensor, float] = triton_distance.squared_distance(inside, spacing)
             return found
-    return squared_distance_plainly(inside, spacing)
-
-
-def squared_distance_plainly(inside: Tensor, spacing: tuple[float, ...]) -> tuple[Tensor, float]:
-    """Compute :func:`squared_distance` with PyTorch's own operators: what every kernel is held to."""
-    unit = max(spacing)
-    steps = [length / unit for length in spacing]
-    sides = inside.shape[2:]
-    squared = (_distance_along_last_axis(inside) * steps[-1]).square()
-    for axis in range(len(sides) - 2, -1, -1):
-        rows = squared.reshape(-1, sides[axis], sides[axis + 1 :].numel())  # (fields, L, lanes)
-        squared = _lower_envelope(rows, steps[axis])
-    return squared.reshape(inside.shape), unit
+    if exporting():
+        return reference.squared_distance(inside, spacing, reference.ROWS_PER_STEP)
+    return reference.squared_distance(inside, spacing, 0 if torch.compiler.is_compiling() else None)
 
 
 def boundary_distance(field: Tensor, spacing: tuple[float, ...]) -> tuple[Tensor, float]:
@@ -127,58 +112,6 @@ def boundary_distance(field: Tensor, spacing: tuple[float, ...]) -> tuple[Tensor
     beyond, _ = squared_distance(~inside, spacing)
     # One of the two is 0 at each element, or infinite throughout when the mask is empty or full.
     return torch.nan_to_num(within + beyond, posinf=0.0), unit
-
-
-def _distance_along_last_axis(inside: Tensor) -> Tensor:
-    """Count the elements to the nearest False in the same row; inf where the row has none.
-
-    After the step of length s the result is right for every zero within 2 s - 1, because each such offset is a sum of
-    distinct smaller steps in one direction.
-    """
-    distance = torch.where(inside, float("inf"), 0.0).to(torch.float32)  # of two numbers: the default dtype
-    step = 1
-    while step < inside.shape[-1]:
-        padded = F.pad(distance, (step, step), value=float("inf"))
-        neighbours = torch.minimum(padded[..., : -2 * step], padded[..., 2 * step :])
-        distance = torch.minimum(distance, neighbours + step)
-        step = step * 2
-    return distance
-
-
-def _lower_envelope(values: Tensor, step: float) -> Tensor:
-    """Replace values (R, L, M) by min_j values[:, j] + (step (i - j))^2 along the middle axis."""
-    length, lanes = values.shape[1:]
-    index = torch.arange(length, dtype=torch.float32, device=values.device)
-    # The difference is a whole number: only the product with an unequal step rounds, once.
-    parabolas = ((index[:, None] - index) * step).square()[:, :, None]  # (L, L, 1)
-    if exporting():
-        return _minimum_by_rows(values, parabolas, _ROWS_PER_STEP)
-    if torch.compiler.is_compiling():
-        # One node whatever the length: the compiler fuses the sum into the minimum and stores neither.
-        return _minimum_by_rows(values, parabolas, length)
-    if values.device.type != "cpu":
-        return _minimum_by_rows(values, parabolas, _ROWS_PER_STEP)
-    width = max(1, min(lanes, _CPU_BLOCK // length))
-    fields = max(1, _CPU_BLOCK // (length * width))
-    return torch.cat(
-        [
-            torch.cat([_minimum_by_rows(block, parabolas, 1) for block in _blocks(group, 2, width)], dim=2)
-            for group in _blocks(values, 0, fields)
-        ]
-    )
-
-
-def _minimum_by_rows(values: Tensor, parabolas: Tensor, rows: int) -> Tensor:
-    """Take the minimum for ``rows`` output rows at a time."""
-    if rows >= parabolas.shape[0]:
-        return (values[:, None] + parabolas).amin(2)
-    return torch.cat([(values[:, None] + some).amin(2) for some in _blocks(parabolas, 0, rows)], dim=1)
-
-
-def _blocks(tensor: Tensor, axis: int, size: int) -> list[Tensor]:
-    """Views of ``size`` slices each along an axis, the last one shorter."""
-    length = tensor.shape[axis]
-    return [tensor.narrow(axis, start, min(size, length - start)) for start in range(0, length, size)]
 
 
 def _squared_distance_to_virtual_zero(like: Tensor, spacing: tuple[float, ...], unit: float) -> Tensor:

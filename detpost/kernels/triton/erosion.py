@@ -8,7 +8,8 @@ next launch gathers the parts. Nothing but the dilations ever reaches memory. Th
 launch turns the gradient that came in into one of the dilation at each tap, adds up the stencil, and leaves its part
 of the four sums that the next one needs.
 
-Parts are gathered by every program of the next launch in one order: no atomics, and the same bits each time.
+Parts are gathered by every program of the next launch in one order: no atomics, and the same bits each time. Which
+elements tie for an extreme is decided up to rounding, as ``detpost/reference/erosion.py`` explains.
 """
 
 from __future__ import annotations
@@ -30,13 +31,18 @@ _MAX_PROGRAMS = 256
 _MAX_ELEMENTS = 2**31 - 1
 _MAX_FIELDS = 65535  # the second dimension of a CUDA grid
 
-# The constants of losses/hausdorff_er.py, as float32 has them.
+# The constants of reference/erosion.py, as float32 has them.
 _WEIGHT_2D = tl.constexpr(13421773 / 2**26)
 _WEIGHT_3D = tl.constexpr(9586981 / 2**26)
 _LARGEST_DIFFERENCE = tl.constexpr(1e12)
-_BELOW_HALF = tl.constexpr(0.5 - 2.0**-25)
+_TIE_2D = tl.constexpr(8 * 2.0**-23)
+_TIE_3D = tl.constexpr(10 * 2.0**-23)
 _LARGEST = tl.constexpr(3.4028234663852886e38)
 _NAN_BITS = tl.constexpr(0x7FC00000)
+
+# What is kept of each step and field: lower bound and range of the stretch; the range again, 0 where the field is flat up
+# to rounding; from where on dilations tie with maximum, lower bound and threshold; the error that is carried on.
+_LIMITS = 7
 
 
 def supported(pred: Tensor, target: Tensor) -> bool:
@@ -74,8 +80,8 @@ def erode(
         keep_field: whether the sum stays a field, or runs over the elements of each field too.
 
     Returns:
-        The sum, (B, C, *spatial), or with ones for the spatial sides. The dilations (k, B, C, *spatial). Their lower
-        bounds and ranges (k, 2, B, C).
+        The sum, (B, C, *spatial), or with ones for the spatial sides. The dilations (k, B, C, *spatial). Their limits
+        (k, 7, B, C): lower bounds and ranges first.
     """
     total, dilations, limits = _erode(flat(pred), flat(target), flat(classes), list(weights), keep_field)
     return total, dilations, limits
@@ -120,7 +126,7 @@ def _erode(
     programs, span = _division(elements)
     steps = len(weights)
     dilations = torch.empty((steps, *pred.shape), dtype=torch.float32, device=pred.device)
-    limits = torch.empty((steps, 2, batch, channels), dtype=torch.float32, device=pred.device)
+    limits = torch.empty((steps, _LIMITS, batch, channels), dtype=torch.float32, device=pred.device)
     # What each program found: least, and greatest as bits, which order floats that are not negative; NaN on top.
     least = torch.empty((steps, fields, programs), dtype=torch.float32, device=pred.device)
     greatest = torch.empty((steps, fields, programs), dtype=torch.int32, device=pred.device)
@@ -133,6 +139,7 @@ def _erode(
             classes,
             least[last],
             greatest[last],
+            limits[max(last - 1, 0)],
             limits[last],
             dilations[this],
             least[this],
@@ -232,7 +239,8 @@ def _erode_kernel(
     classes_ptr,  # (C,) integer
     least_ptr,  # (fields, programs): least of the last dilation, part by part
     greatest_ptr,  # (fields, programs) int32: greatest, likewise, as bits
-    limits_ptr,  # (2, fields), written: lower bound and range of the last dilation
+    earlier_ptr,  # (7, fields): limits of the dilation before the last; not read if STARTS
+    limits_ptr,  # (7, fields), written: limits of the last dilation
     out_ptr,  # (fields, elements), written: the next dilation
     next_least_ptr,  # (fields, programs), written
     next_greatest_ptr,  # (fields, programs) int32, written
@@ -265,8 +273,8 @@ def _erode_kernel(
     if not FIRST:
         lower, extent = _limits(least_ptr + field * programs, greatest_ptr + field * programs, programs, PROGRAMS)
         if program == 0:
-            tl.store(limits_ptr + field, lower)
-            tl.store(limits_ptr + fields + field, extent)
+            carried = 0.0 if STARTS else tl.load(earlier_ptr + 6 * fields + field)
+            _store_limits(limits_ptr + field, fields, lower, extent, carried, AXES)
     least = tl.full([BLOCK], float("inf"), tl.float32)
     greatest = tl.zeros([BLOCK], tl.int32)
     added = tl.zeros([BLOCK], tl.float32)
@@ -318,6 +326,22 @@ def _limits(least_ptr, greatest_ptr, programs, PROGRAMS: tl.constexpr):
 
 
 @jit
+def _store_limits(limits_ptr, fields, lower, extent, carried, AXES: tl.constexpr):
+    """Write what the gradient asks of a step: where dilations tie, given the error that the steps before carried on."""
+    step = _TIE_2D if AXES == 2 else _TIE_3D
+    greatest = lower + extent
+    slack = carried + step * greatest
+    tl.store(limits_ptr, lower)
+    tl.store(limits_ptr + fields, extent)
+    tl.store(limits_ptr + 2 * fields, tl.where(extent <= slack, 0.0, extent))
+    tl.store(limits_ptr + 3 * fields, greatest - slack)
+    tl.store(limits_ptr + 4 * fields, lower + (carried + step * lower))
+    tl.store(limits_ptr + 5 * fields, 0.5 - 0.5 * step - carried)
+    grown = 0.5 * slack / tl.where(extent == 0, 1.0, extent)
+    tl.store(limits_ptr + 6 * fields, tl.where(grown > 1.0, 1.0, grown))
+
+
+@jit
 def _bound(source_ptr, target_ptr, class_id, lower, extent, index, mask, FIRST: tl.constexpr):
     """Load what is dilated next, 0 where masked: the squared difference if FIRST, else the stretched last dilation."""
     source = tl.load(source_ptr + index, mask=mask, other=0.0)
@@ -339,10 +363,7 @@ def _difference(pred, ids, class_id):
 
 @jit
 def _stretch(dilation, lower, extent):
-    """Threshold at the lower bound and divide by the range; a flat field (range 0) is not divided.
-
-    The maximum becomes 1 exactly, and by that the gradient knows it.
-    """
+    """Threshold at the lower bound and divide by the range; a flat field (range 0) is not divided."""
     return _divided(tl.maximum(dilation, lower) - lower, extent)
 
 
@@ -373,7 +394,7 @@ def _neighbour(index, tap: tl.constexpr, depth, height, width, AXES: tl.constexp
 
 @jit
 def _tap(total, value, AXES: tl.constexpr):
-    """Add a tap with one rounding, as the plain path does: elements that tie for an extreme there tie here."""
+    """Add a tap with one rounding, as the plain path does."""
     weight = tl.full(value.shape, _WEIGHT_2D if AXES == 2 else _WEIGHT_3D, tl.float32)
     return tl.fma(value, weight, total)
 
@@ -387,9 +408,9 @@ def _gradient_kernel(
     target_ptr,  # (B, elements) integer
     classes_ptr,  # (C,) integer
     dilation_ptr,  # (fields, elements): the last
-    limits_ptr,  # (2, fields)
+    limits_ptr,  # (7, fields)
     before_ptr,  # (fields, elements): the one before
-    before_limits_ptr,  # (2, fields)
+    before_limits_ptr,  # (7, fields)
     parts_ptr,  # (4, fields, programs): sums over the last dilation, part by part
     next_parts_ptr,  # (4, fields, programs), written: over the one before
     poison_ptr,  # (): 0 or NaN
@@ -417,19 +438,21 @@ def _gradient_kernel(
     out_ptr += offset
     dilation_ptr += offset
     before_ptr += offset
-    lower = tl.load(limits_ptr + field)
-    extent = tl.load(limits_ptr + fields + field)
-    before_lower = tl.load(before_limits_ptr + field)
-    before_extent = tl.load(before_limits_ptr + fields + field)
+    limits_ptr += field
+    before_limits_ptr += field
+    extent, top, bottom, half = _ties(limits_ptr, fields)
+    before_lower = tl.load(before_limits_ptr)
+    before_stretch = tl.load(before_limits_ptr + fields)
+    before_extent, before_top, before_bottom, _ = _ties(before_limits_ptr, fields)
     per_maximum, per_minimum = 0.0, 0.0
     if not STARTS:
         per_maximum, per_minimum = _shares(
-            parts_ptr + field * programs, fields * programs, programs, extent, elements, PROGRAMS
+            parts_ptr + field * programs, fields * programs, programs, extent, PROGRAMS
         )
     onto_range = tl.zeros([BLOCK], tl.float32)
     onto_both = tl.zeros([BLOCK], tl.float32)
     at_maximum = tl.zeros([BLOCK], tl.float32)
-    above_minimum = tl.zeros([BLOCK], tl.float32)
+    at_minimum = tl.zeros([BLOCK], tl.float32)
     for start in range(program * span, tl.minimum((program + 1) * span, elements), BLOCK):
         index = start + tl.arange(0, BLOCK)
         mask = index < elements
@@ -445,8 +468,10 @@ def _gradient_kernel(
                     dilation_ptr,
                     index + shift,
                     mask & is_inside,
-                    lower,
                     extent,
+                    top,
+                    bottom,
+                    half,
                     per_maximum,
                     per_minimum,
                 )
@@ -457,12 +482,12 @@ def _gradient_kernel(
             total = total * (_difference(pred, ids, tl.load(classes_ptr + field % channels)) * 2)
             total = _finite(total) + tl.load(poison_ptr)
         else:
-            stretched = _stretch(tl.load(before_ptr + index, mask=mask, other=0.0), before_lower, before_extent)
+            before = tl.load(before_ptr + index, mask=mask, other=0.0)
             onto = _divided(total, before_extent)
-            onto_range += tl.where(mask, onto * stretched, 0.0)
+            onto_range += tl.where(mask, onto * _stretch(before, before_lower, before_stretch), 0.0)
             onto_both += tl.where(mask, onto, 0.0)
-            at_maximum += tl.where(mask, tl.floor(stretched), 0.0)
-            above_minimum += tl.where(mask, tl.ceil(stretched), 0.0)
+            at_maximum += tl.where(mask & (before >= before_top), 1.0, 0.0)
+            at_minimum += tl.where(mask & (before <= before_bottom), 1.0, 0.0)
         tl.store(out_ptr + index, total, mask=mask)
     if not ENDS:
         part = next_parts_ptr + field * programs + program
@@ -470,33 +495,44 @@ def _gradient_kernel(
         tl.store(part, tl.sum(onto_range, axis=0))
         tl.store(part + stride, tl.sum(onto_both, axis=0))
         tl.store(part + 2 * stride, tl.sum(at_maximum, axis=0))
-        tl.store(part + 3 * stride, tl.sum(above_minimum, axis=0))
+        tl.store(part + 3 * stride, tl.sum(at_minimum, axis=0))
 
 
 @jit
-def _shares(parts_ptr, stride, programs, extent, elements, PROGRAMS: tl.constexpr):
+def _ties(limits_ptr, fields):
+    """Load the range, 0 for a flat field, and from where on dilations tie with maximum, lower bound and threshold."""
+    extent = tl.load(limits_ptr + 2 * fields)
+    top = tl.load(limits_ptr + 3 * fields)
+    bottom = tl.load(limits_ptr + 4 * fields)
+    half = tl.load(limits_ptr + 5 * fields)
+    return extent, top, bottom, half
+
+
+@jit
+def _shares(parts_ptr, stride, programs, extent, PROGRAMS: tl.constexpr):
     """Gather the parts of the sums: what flows to each element at the maximum, and to each at or below the minimum."""
     part = tl.arange(0, PROGRAMS)
     mask = part < programs
     onto_range = -tl.sum(tl.load(parts_ptr + part, mask=mask, other=0.0), axis=0)
     onto_both = tl.sum(tl.load(parts_ptr + stride + part, mask=mask, other=0.0), axis=0)
     at_maximum = tl.sum(tl.load(parts_ptr + 2 * stride + part, mask=mask, other=0.0), axis=0)
-    above_minimum = tl.sum(tl.load(parts_ptr + 3 * stride + part, mask=mask, other=0.0), axis=0)
+    at_minimum = tl.sum(tl.load(parts_ptr + 3 * stride + part, mask=mask, other=0.0), axis=0)
     moves = tl.where(extent != 0, 1.0, 0.0)  # the limits of a flat field are constants
     onto_range = onto_range * moves
     onto_minimum = -onto_both * moves - onto_range
-    return onto_range / tl.maximum(at_maximum, 1.0), onto_minimum / tl.maximum(elements - above_minimum, 1.0)
+    return onto_range / tl.maximum(at_maximum, 1.0), onto_minimum / tl.maximum(at_minimum, 1.0)
 
 
 @jit
-def _onto_dilation(incoming_ptr, dilation_ptr, index, mask, lower, extent, per_maximum, per_minimum):
+def _onto_dilation(
+    incoming_ptr, dilation_ptr, index, mask, extent, top, bottom, half, per_maximum, per_minimum
+):
     """Load the gradient of a stretched dilation as that of the dilation, 0 where masked."""
     dilation = tl.load(dilation_ptr + index, mask=mask, other=0.0)
-    stretched = _stretch(dilation, lower, extent)
     onto = _divided(tl.load(incoming_ptr + index, mask=mask, other=0.0), extent)
-    onto = onto + per_minimum + tl.floor(stretched) * per_maximum - tl.ceil(stretched) * per_minimum
+    onto += tl.where(dilation >= top, per_maximum, 0.0) + tl.where(dilation <= bottom, per_minimum, 0.0)
     # Nothing flows below the threshold, and all of it at the threshold itself.
-    return tl.where(mask & ((dilation > _BELOW_HALF) | (dilation != dilation)), onto, 0.0)
+    return tl.where(mask & ((dilation >= half) | (dilation != dilation)), onto, 0.0)
 
 
 @jit

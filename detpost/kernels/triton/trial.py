@@ -73,21 +73,31 @@ def _decode(device: str) -> bool:
 
 def _distances(device: str) -> bool:
     from detpost.kernels.triton import distance as triton_distance
-    from detpost.losses.distance_transform import squared_distance_plainly
+    from detpost.reference import distance as reference
 
     inside = (torch.rand(2, 2, 33, 50, generator=torch.Generator().manual_seed(2)) < 0.9).to(device)
-    found, expected = triton_distance.squared_distance(inside, (1.0, 1.0)), squared_distance_plainly(inside, (1.0, 1.0))
-    return torch.equal(found[0], expected[0])
+    found, _ = triton_distance.squared_distance(inside, (1.0, 1.0))
+    return torch.equal(found, reference.squared_distance(inside, (1.0, 1.0))[0])
 
 
 def _erosion(device: str) -> bool:
+    """Values and gradients, in 2-D and 3-D, on errors thick enough for the last erosion, with many shared extremes."""
     from detpost.kernels.triton import erosion as triton_erosion
-    from detpost.losses.hausdorff_er import _erode
+    from detpost.reference import erosion as reference
 
-    generator = torch.Generator().manual_seed(3)
-    pred = torch.rand(2, 2, 19, 30, generator=generator).mul(8).round().div(8).to(device)
-    target = torch.randint(2, (2, 1, 19, 30), generator=generator).to(device)
-    classes = torch.arange(2, device=device)
-    found = triton_erosion.erode(pred, target, classes, [1.0, 4.0, 9.0], True)[0]
-    expected = _erode(pred, target, classes, [1.0, 4.0, 9.0], 2, True)[0]
-    return torch.allclose(found, expected, rtol=1e-4, atol=1e-5)
+    generator, weights = torch.Generator().manual_seed(3), [1.0, 4.0, 9.0]
+    for sides in ((19, 30), (9, 10, 11)):
+        pred = torch.rand(2, 2, *sides, generator=generator).mul(3).round().div(8).add(0.625).to(device)
+        target = (torch.rand(2, 1, *sides, generator=generator) < 0.05).long().to(device)
+        given = (pred, target, torch.arange(2, device=device), weights)
+        total, dilations, limits = triton_erosion.erode(*given, True)
+        expected, *saved = reference.erode(*given, len(sides), True)
+        if not torch.allclose(total, expected, rtol=1e-4, atol=1e-4):
+            return False
+        handed_out = torch.rand(pred.shape, generator=generator).to(device)
+        found = triton_erosion.erosion_gradient(handed_out, *given, dilations, limits)
+        slope = reference.erosion_gradient(handed_out, weights, saved, len(sides))
+        slope = slope * (reference.difference(*given[:3]) * 2)
+        if not torch.allclose(found, slope, rtol=1e-3, atol=1e-4 * float(slope.abs().max())):
+            return False
+    return True

@@ -100,6 +100,7 @@ def test_they_stay_one_graph_under_compile(device, monkeypatch):
 def test_the_trial_passes_and_sees_a_wrong_kernel(device, monkeypatch):
     from detpost.kernels.triton import decode as triton_decode
     from detpost.kernels.triton import distance as triton_distance
+    from detpost.kernels.triton import erosion as triton_erosion
     from detpost.kernels.triton import select as triton_select
     from detpost.kernels.triton import trial as triton_check
 
@@ -111,6 +112,10 @@ def test_the_trial_passes_and_sees_a_wrong_kernel(device, monkeypatch):
     decode = triton_decode.decode
     monkeypatch.setattr(triton_decode, "decode", lambda *given: decode(*given)._replace(boxes=given[1][:, :40]))
     assert "decode" in triton_check.disagreement(device)
+    monkeypatch.undo()
+    slope = triton_erosion.erosion_gradient
+    monkeypatch.setattr(triton_erosion, "erosion_gradient", lambda *given: slope(*given) * 1.01)
+    assert "erosion" in triton_check.disagreement(device)
     monkeypatch.undo()
 
     def fails(*_):
