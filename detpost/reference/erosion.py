@@ -2,12 +2,12 @@
 
 Which elements have a field's minimum or maximum, and so its gradient, must not hang on how a sum happens to round. Two
 dilations count as equal where their difference is no more than rounding can make. One has 5 roundings of a sum (7 in
-3-D) and 3 of a squared difference, each half an ``eps`` of the value at most, and a comparison has two of them: 8 ``eps``
-(10 in 3-D). To this comes what the erosions before it left: the stretch divides an error by the range of its field, and
-the mean over 5 (7) elements halves it, since rounding errors of different elements are independent (a 5th of the root
-of 5 is 0.45). So it is no proven bound: a proven one, with errors that all add up, grows fourfold with each erosion
-and would call equal what float32 still tells apart. Measured against exact arithmetic, the greatest difference that
-rounding makes of a tie is a fifth of it, over 16 erosions of fields of every kind (``tests/losses/test_ties.py``).
+3-D) and 3 of a squared difference, each half an ``eps`` of the value at most, and a comparison has two of them: 8
+``eps`` (10 in 3-D). To this comes what the erosions before it left: the stretch divides an error by the range of its
+field, and the mean over 5 (7) elements halves it, since the rounding errors of different elements are independent (a
+5th of the root of 5 is 0.45). So it is no proven bound: a proven one, with errors that all add up, grows fourfold with
+each erosion and would call equal what float32 still tells apart. Measured against exact arithmetic, over 16 erosions of
+fields of every kind, rounding tears a tie apart by a third of it at most (``tests/losses/test_ties.py``).
 """
 
 from __future__ import annotations
@@ -89,8 +89,8 @@ def erode_differentiably(
 ) -> Tensor:
     """Give the sum of :func:`erode` with derivatives of every order and direction that PyTorch finds by itself.
 
-    The first is that of :func:`erosion_gradient`. Each quantity is its value, fixed, plus a change that is 0 and has the
-    derivative; ties decide what a change reaches.
+    The first is that of :func:`erosion_gradient`. Each quantity is its value, fixed, plus a change that is 0 and has
+    the derivative; ties decide what a change reaches.
 
     Args:
         pred: as in :func:`erode`.
@@ -191,9 +191,7 @@ def _ties(lowers: Sequence[Tensor], ranges: Sequence[Tensor], axes: int) -> list
     return found
 
 
-def _stretch_gradient(
-    grad: Tensor, dilation: Tensor, lower: Tensor, extent: Tensor, ties: _Ties, axes: int
-) -> Tensor:
+def _stretch_gradient(grad: Tensor, dilation: Tensor, lower: Tensor, extent: Tensor, ties: _Ties, axes: int) -> Tensor:
     """Gradient of :func:`_stretch` and of its limits, to the dilation."""
     spatial = tuple(range(-axes, 0))
     onto_dilation = grad / torch.where(ties.is_flat, 1.0, extent)

@@ -7,9 +7,11 @@ import torch
 import torch.distributed
 import torch.multiprocessing
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
+from detpost.kernels.cpu import native
 from detpost.losses import (
     HausdorffDTLoss,
     HausdorffERLoss,
@@ -57,6 +59,71 @@ def test_compiled_in_one_graph_equals_eager_forward_and_backward(step):
     torch.testing.assert_close(run(compiled, logits, target), run(step, logits, target), rtol=1e-6, atol=1e-7)
     with pytest.raises(ValueError, match=r"class ids in \[0, 3\); got ids from .* to 9"):
         compiled(logits, target.clone().fill_(9))
+
+
+def thick(step, dtype):
+    """Logits that are wrong nearly everywhere, so that every erosion counts, and a boundary for the distances."""
+    logits, target = step.example()
+    logits, target = logits.to(dtype) * 0.05, torch.zeros_like(target)
+    logits[0, 1] = logits[0, 1] + 5
+    target[..., :2, :2] = 1
+    return logits, target
+
+
+def force(kernel, monkeypatch):
+    if kernel == "native" and native.missing() is not None:
+        pytest.skip(f"the C++ kernels are {native.missing()}")
+    monkeypatch.setenv("DETPOST_KERNEL", kernel)
+
+
+FORMS = pytest.mark.parametrize(
+    ("kernel", "dtype"),
+    [("native", torch.float32), ("aten", torch.float32), ("aten", torch.float64)],
+    ids=["native", "plain", "double"],
+)
+
+
+@FORMS
+@pytest.mark.parametrize("how", ["jvp", "dual numbers", "compiled jvp", "linearize"])
+def test_forward_mode_gives_the_gradient_along_a_direction(step, how, kernel, dtype, monkeypatch):
+    force(kernel, monkeypatch)
+    logits, target = thick(step, dtype)
+    direction = torch.randn_like(logits)
+    value, gradient = run(step, logits, target)
+    if how == "dual numbers":
+        with forward_ad.dual_level():
+            found = forward_ad.unpack_dual(step(forward_ad.make_dual(logits, direction), target))
+    elif how == "linearize":
+        found = step(logits, target), torch.func.linearize(lambda given: step(given, target), logits)[1](direction)
+    else:
+
+        def along(given, change):
+            return torch.func.jvp(lambda prediction: step(prediction, target), (given,), (change,))
+
+        forward = torch.compile(along, fullgraph=True, backend="aot_eager") if how == "compiled jvp" else along
+        found = forward(logits, direction)
+    expected = (gradient * direction).sum()
+    assert expected.abs() > 1e-3, "there is nothing to see"
+    tolerance = 1e-4 if dtype == torch.float32 else 1e-9
+    torch.testing.assert_close(tuple(found), (value, expected), rtol=tolerance, atol=tolerance, check_dtype=False)
+
+
+@FORMS
+def test_second_derivatives_are_those_of_the_gradient(step, kernel, dtype, monkeypatch):
+    """Against differences of the gradient in double precision; once back twice, once forward over back."""
+    force(kernel, monkeypatch)
+    logits, target = thick(step, dtype)
+    direction = torch.randn_like(logits)
+    moved = [run(step, logits.double() + sign * 1e-5 * direction, target)[1] for sign in (1, -1)]
+    expected = (moved[0] - moved[1]) / 2e-5
+    leaf = logits.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(step(leaf, target), leaf, create_graph=True)
+    (twice,) = torch.autograd.grad((gradient * direction).sum(), leaf)
+    _, over = torch.func.jvp(torch.func.grad(lambda given: step(given, target)), (logits,), (direction,))
+    scale = float(expected.abs().max())
+    assert scale > 1e-4, "there is nothing to see"
+    for found in (twice, over):
+        torch.testing.assert_close(found.double() / scale, expected / scale, rtol=0, atol=1e-3)
 
 
 @pytest.mark.slow

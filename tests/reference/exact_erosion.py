@@ -26,14 +26,16 @@ class ExactErosion(NamedTuple):
     clearance: float
 
 
-class _Erosion(NamedTuple):
-    """One erosion: the stretched field, and by which elements its limits are made."""
+class Erosion(NamedTuple):
+    """One erosion of a field: what it stretches, into what, and which elements make its limits."""
 
+    dilation: np.ndarray
     stretched: np.ndarray
-    extent: Fraction  # 0: flat
+    extent: Fraction  # 0: flat, or no more than rounding
     passes: np.ndarray
     at_maximum: np.ndarray
     at_minimum: np.ndarray
+    slack: Fraction  # within which others count as equal to the maximum
     clearance: float
 
 
@@ -44,7 +46,7 @@ def exact_erosion(
     cotangent: np.ndarray | None = None,
     eps: float = 0.0,
 ) -> ExactErosion:
-    """Erode one field ``len(weights)`` times.
+    """Erode one field ``len(weights)`` times, and go back.
 
     Args:
         pred: (H, W) or (D, H, W), floating.
@@ -56,39 +58,45 @@ def exact_erosion(
     Returns:
         The sum, its gradient, and how clear the ties were.
     """
-    difference = fractions_of(pred) - fractions_of(truth)
-    bound, total, erosions = difference**2, fractions_of(np.zeros(pred.shape)), []
-    step, carried = Fraction(eps) * (2 * pred.ndim + 4), Fraction(0)
-    for weight in weights:
-        erosion, carried = _erode(mean_of_neighbours(bound), step, carried)
-        bound = erosion.stretched
-        total = total + bound * Fraction(weight)
-        erosions.append(erosion)
+    erosions = exact_erosions(pred, truth, len(weights), eps)
+    total = sum(erosion.stretched * Fraction(weight) for weight, erosion in zip(weights, erosions, strict=True))
     given = fractions_of(np.ones(pred.shape) if cotangent is None else cotangent)
     gradient = fractions_of(np.zeros(pred.shape))
     for weight, erosion in zip(reversed(weights), reversed(erosions), strict=True):
         gradient = mean_of_neighbours(_back(gradient + given * Fraction(weight), erosion))
-    return ExactErosion(total, gradient * difference * 2, min(erosion.clearance for erosion in erosions))
+    slope = (fractions_of(pred) - fractions_of(truth)) * 2
+    return ExactErosion(total, gradient * slope, min(erosion.clearance for erosion in erosions))
 
 
-def _erode(dilation: np.ndarray, step: Fraction, carried: Fraction) -> tuple[_Erosion, Fraction]:
-    """Threshold, stretch; and what rounding has made of the field by then, in arithmetic of a step."""
+def exact_erosions(pred: np.ndarray, truth: np.ndarray, steps: int, eps: float = 0.0) -> list[Erosion]:
+    """Erode one field, with what rounding has made of it by then in arithmetic of an ``eps``."""
+    bound = (fractions_of(pred) - fractions_of(truth)) ** 2
+    step, carried, found = Fraction(eps) * (2 * pred.ndim + 4), Fraction(0), []
+    for _ in range(steps):
+        found.append(_erode(mean_of_neighbours(bound), step, carried))
+        bound = found[-1].stretched
+        extent = max(HALF, found[-1].dilation.max()) - max(HALF, found[-1].dilation.min())
+        carried = min(Fraction(1), found[-1].slack / 2 / (extent or 1))
+    return found
+
+
+def _erode(dilation: np.ndarray, step: Fraction, carried: Fraction) -> Erosion:
+    """Threshold and stretch."""
     erosion = np.maximum(dilation - HALF, 0)
     lower, extent = erosion.min() + HALF, erosion.max() - erosion.min()
     slack = carried + step * (lower + extent)
     near_lower, near_half = carried + step * lower, carried + step * HALF
-    flat = extent <= slack
-    stretched = erosion if extent == 0 else (erosion - erosion.min()) / extent
-    gaps = [(abs(lower + extent - dilation), slack), (abs(dilation - lower), near_lower), (abs(dilation - HALF), near_half)]
-    found = _Erosion(
-        stretched,
-        Fraction(0) if flat else extent,
+    edges = [(lower + extent, slack), (lower, near_lower), (HALF, near_half)]
+    return Erosion(
+        dilation,
+        erosion if extent == 0 else (erosion - erosion.min()) / extent,
+        Fraction(0) if extent <= slack else extent,
         passes=dilation >= HALF - near_half,
         at_maximum=dilation >= lower + extent - slack,
         at_minimum=dilation <= lower + near_lower,
-        clearance=min(_clearance(gap, limit) for gap, limit in gaps),
+        slack=slack,
+        clearance=min(_clearance(abs(dilation - edge), limit) for edge, limit in edges),
     )
-    return found, min(Fraction(1), slack / 2 / (extent or 1))
 
 
 def _clearance(gaps: np.ndarray, limit: Fraction) -> float:
@@ -99,7 +107,7 @@ def _clearance(gaps: np.ndarray, limit: Fraction) -> float:
     return min((max(ratio, 1 / ratio) for ratio in ratios if ratio), default=float("inf"))
 
 
-def _back(gradient: np.ndarray, erosion: _Erosion) -> np.ndarray:
+def _back(gradient: np.ndarray, erosion: Erosion) -> np.ndarray:
     """Take the gradient of a stretched field to the dilation before the threshold."""
     if erosion.extent:
         gradient = gradient / erosion.extent

@@ -40,8 +40,8 @@ _TIE_3D = tl.constexpr(10 * 2.0**-23)
 _LARGEST = tl.constexpr(3.4028234663852886e38)
 _NAN_BITS = tl.constexpr(0x7FC00000)
 
-# What is kept of each step and field: lower bound and range of the stretch; the range again, 0 where the field is flat up
-# to rounding; from where on dilations tie with maximum, lower bound and threshold; the error that is carried on.
+# What is kept of each step and field: lower bound and range of the stretch; the range again, 0 where the field is flat
+# up to rounding; from where on dilations tie with maximum, lower bound and threshold; the error that is carried on.
 _LIMITS = 7
 
 
@@ -446,9 +446,7 @@ def _gradient_kernel(
     before_extent, before_top, before_bottom, _ = _ties(before_limits_ptr, fields)
     per_maximum, per_minimum = 0.0, 0.0
     if not STARTS:
-        per_maximum, per_minimum = _shares(
-            parts_ptr + field * programs, fields * programs, programs, extent, PROGRAMS
-        )
+        per_maximum, per_minimum = _shares(parts_ptr + field * programs, fields * programs, programs, extent, PROGRAMS)
     onto_range = tl.zeros([BLOCK], tl.float32)
     onto_both = tl.zeros([BLOCK], tl.float32)
     at_maximum = tl.zeros([BLOCK], tl.float32)
@@ -524,9 +522,7 @@ def _shares(parts_ptr, stride, programs, extent, PROGRAMS: tl.constexpr):
 
 
 @jit
-def _onto_dilation(
-    incoming_ptr, dilation_ptr, index, mask, extent, top, bottom, half, per_maximum, per_minimum
-):
+def _onto_dilation(incoming_ptr, dilation_ptr, index, mask, extent, top, bottom, half, per_maximum, per_minimum):
     """Load the gradient of a stretched dilation as that of the dilation, 0 where masked."""
     dilation = tl.load(dilation_ptr + index, mask=mask, other=0.0)
     onto = _divided(tl.load(incoming_ptr + index, mask=mask, other=0.0), extent)

@@ -22,7 +22,9 @@ from tests.kernels.triton.harness import (
     replayed,
     written_arguments,
 )
-from tests.losses.test_hausdorff_er import KINDS, example
+from tests.losses.exact_cases import ALPHA_AND_K, case
+from tests.losses.exact_cases import hold as hold_to_exact
+from tests.losses.fields import KINDS, example
 
 WEIGHTS = [1.0, 4.0, 9.0]
 
@@ -68,7 +70,7 @@ def test_the_reference_is_no_kernel(device):
 
 @in_the_ordinary_process
 def test_everything_under_the_interpreter():
-    assert_passes_interpreted(__file__, at_least=17)
+    assert_passes_interpreted(__file__, at_least=21)
 
 
 @on_each_device
@@ -76,6 +78,18 @@ def test_everything_under_the_interpreter():
 def test_values_and_gradients_are_the_plain_ones(kind, device):
     """Among the kinds are fields full of ties for the extremes, whose gradient is shared."""
     hold(*small(kind, (6, 7)), KINDS.index(kind) % 2 == 0, device)
+
+
+@on_each_device
+@pytest.mark.parametrize("sides", [(5, 6), (5, 4, 5)], ids=str)
+def test_values_and_gradients_are_the_exact_ones(sides, device):
+    """In exact arithmetic; elements that tie for an extreme up to rounding share its gradient."""
+    given = case(sides)
+    alpha, k = ALPHA_AND_K[sides]
+    handed_out = given.cotangent.squeeze(2).transpose(0, 1).contiguous().to(device)
+    weights = [float(i + 1) ** alpha for i in range(k)]
+    total, _, _, gradient = ours(given.pred.to(device), given.target.to(device), weights, True, handed_out)
+    hold_to_exact(total.cpu().transpose(0, 1).unsqueeze(2), gradient.cpu(), given)
 
 
 @on_each_device
