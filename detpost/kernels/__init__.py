@@ -30,7 +30,17 @@ from detpost.reference import nms as reference_nms
 from detpost.reference.derivatives import wants_derivative
 from detpost.spec import DecodeSpec
 
-__all__ = ["KERNELS", "decode", "for_losses", "is_exporting", "kind_for", "nms", "select", "suppress", "wants_other_derivatives"]
+__all__ = [
+    "KERNELS",
+    "decode",
+    "for_losses",
+    "is_exporting",
+    "kind_for",
+    "nms",
+    "select",
+    "suppress",
+    "wants_other_derivatives",
+]
 
 KERNELS = ("native", "numpy", "triton", "aten")
 _VARIABLE = "DETPOST_KERNEL"

@@ -42,7 +42,7 @@ def hausdorff_er_loss(pred: Tensor, target: Tensor, alpha: float = 2.0, k: int =
             graph does not look.
 
     Example:
-        >>> target = F.pad(torch.ones(1, 1, 4, 4, dtype=torch.long), (2, 2, 2, 2))
+        >>> target = torch.nn.functional.pad(torch.ones(1, 1, 4, 4, dtype=torch.long), (2, 2, 2, 2))
         >>> perfect = torch.cat([1 - target, target], 1).float()
         >>> float(hausdorff_er_loss(perfect, target))
         0.0
