@@ -77,7 +77,7 @@ def version(package: str) -> str:
 
 
 def audited(library: str, name: str, make: Callable[[], tuple[Any, tuple[Any, ...]]]) -> Row:
-    """Checks one subject; a subject that is not there is a row too."""
+    """Check one subject; a subject that is not there is a row too."""
     try:
         subject, inputs = make()
     except (ImportError, AttributeError) as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import linecache
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator
@@ -15,14 +16,14 @@ import torch
 from torch import nn
 
 from detpost.purity import compiled, gradients
-from detpost.purity.compiled import first_line
-from detpost.purity.frames import Site, definition, error_site
-from detpost.purity.isolation import Held, State, isolated
+from detpost.purity.frames import definition, failure, first_line
+from detpost.purity.gradients import Outcome
+from detpost.purity.isolation import State, Subject, isolated
 from detpost.purity.recorder import Recorder, storage_key
 from detpost.purity.report import Finding, PurityReport, ordered
 from detpost.purity.rules import RULES
 from detpost.purity.static import allowances
-from detpost.purity.structure import clone, same, tensors
+from detpost.purity.structure import same, tensors
 
 STAGES = ("writes", "backward", "checkpoint", "gradcheck", "graph breaks", "recompiles", "export", "cuda graph")
 
@@ -35,7 +36,7 @@ def check(
     only: Collection[str] | None = None,
     **kwargs: Any,
 ) -> PurityReport:
-    """Runs a function or module on copies of its inputs and reports what compilers, exporters and autograd dislike.
+    """Run a function or module on copies of its inputs and report what compilers, exporters and autograd dislike.
 
     Nothing that the caller owns is changed: inputs, parameters and buffers are copied for each run, Python attributes
     and random generators are put back, and no ``.grad`` is touched. What the subject does never escapes as an
@@ -89,7 +90,7 @@ def check(
     run = [stage for stage in STAGES if (stage in only if only is not None else stage != "gradcheck" or gradcheck)]
     with compiled.quiet():
         try:
-            findings, stages = _run_stages(subject, args, kwargs, run)
+            findings, stages = _run_stages(Subject(subject, args, kwargs), run)
         except Exception as error:  # inputs that cannot be copied, objects that answer to nothing
             findings, stages = [Finding("DP090", "error", f"cannot be checked: {first_line(error)}")], {}
     kept = [finding for finding in findings if not _allowed(finding)]
@@ -97,7 +98,7 @@ def check(
 
 
 def assert_pure(subject: Callable[..., Any], /, *args: Any, allow: Collection[str] = (), **kwargs: Any) -> PurityReport:
-    """Raises if the checker finds an error.
+    """Raise if the checker finds an error.
 
     Args:
         subject: function, method or module.
@@ -126,14 +127,12 @@ def assert_pure(subject: Callable[..., Any], /, *args: Any, allow: Collection[st
     return report
 
 
-def _run_stages(
-    subject: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], run: list[str]
-) -> tuple[list[Finding], dict[str, str]]:
+def _run_stages(subject: Subject, run: list[str]) -> tuple[list[Finding], dict[str, str]]:
     outcomes: dict[str, str] = {}
-    raised, findings = _plain_run(subject, args, kwargs)
+    raised, findings = _plain_run(subject)
     if "writes" in run or raised is not None:
         started = time.perf_counter()
-        recorded, outcome = _record(subject, args, kwargs, raised)
+        recorded, outcome = _record(subject, raised)
         findings += recorded
         outcomes.update({"writes": f"{outcome} ({time.perf_counter() - started:.2f} s)"})
     if raised is not None:
@@ -141,20 +140,30 @@ def _run_stages(
         return findings, outcomes
     plain: gradients.Gradients | None = None
     if "backward" in run or "checkpoint" in run:
-        found, outcome, plain = gradients.backward(subject, args, kwargs)
+        found, outcome, plain = gradients.backward(subject)
         findings += [placed for finding in found if (placed := _beside_writes(finding, findings)) is not None]
         outcomes.update({"backward": outcome})
+    later: dict[str, Callable[[], Outcome]] = {
+        "checkpoint": lambda: gradients.checkpointing(subject, plain),
+        "gradcheck": lambda: gradients.finite_differences(subject),
+        "graph breaks": lambda: compiled.graph_breaks(subject),
+        "recompiles": lambda: compiled.recompiles(subject),
+        "export": lambda: compiled.export(subject),
+        "cuda graph": lambda: compiled.cuda_graph(subject),
+    }
     for stage in run:
-        if stage in ("writes", "backward"):
-            continue
-        found, outcome = _guarded(stage, subject, args, kwargs, plain)
-        findings += found
-        outcomes.update({stage: outcome})
+        if stage in later:
+            try:
+                found, outcome = later[stage]()
+            except (Exception, SystemExit) as error:  # a failure of the checker's own is an outcome
+                found, outcome = [], f"not checked: {first_line(error)}"
+            findings += found
+            outcomes.update({stage: outcome})
     return findings, outcomes
 
 
 def _beside_writes(finding: Finding, others: list[Finding]) -> Finding | None:
-    """A failing backward names no line where a write made it fail: give it that one; drop what only repeats a write."""
+    """Give a failing backward, which names no line, that of the write that made it fail; drop what repeats a write."""
     if finding.rule != "DP050":
         return finding
     writes = [other for other in others if other.target and other.rule <= "DP006"]
@@ -166,127 +175,80 @@ def _beside_writes(finding: Finding, others: list[Finding]) -> Finding | None:
     return finding
 
 
-def _guarded(
-    stage: str,
-    subject: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    plain: gradients.Gradients | None,
-) -> tuple[list[Finding], str]:
-    """One of the later stages; a failure of the checker's own is an outcome, never an exception."""
-    stages: dict[str, Callable[[], tuple[list[Finding], str]]] = {
-        "checkpoint": lambda: gradients.checkpointing(subject, args, kwargs, plain),
-        "gradcheck": lambda: gradients.finite_differences(subject, args, kwargs),
-        "graph breaks": lambda: compiled.graph_breaks(subject, args, kwargs),
-        "recompiles": lambda: compiled.recompiles(subject, args, kwargs),
-        "export": lambda: compiled.export(subject, args, kwargs),
-        "cuda graph": lambda: compiled.cuda_graph(subject, args, kwargs),
-    }
+def _plain_run(subject: Subject) -> tuple[BaseException | None, list[Finding]]:
+    """Make the call as the caller would, and look at what it changes in Python."""
+    given = subject.copies()
+    state = State()
     try:
-        return stages[stage]()
+        with isolated(subject) as state:
+            subject.run(given)
     except (Exception, SystemExit) as error:
-        return [], f"not checked: {first_line(error)}"
-
-
-def _plain_run(
-    subject: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[BaseException | None, list[Finding]]:
-    """The call as the caller would make it, and what it changes in Python."""
-    before = clone((args, kwargs))
-    state: State | None = None
-    try:
-        with isolated(subject, args) as state:
-            subject(*before[0], **before[1])
-    except (Exception, SystemExit) as error:
-        site = error_site(error)
-        return error, [Finding("DP090", "error", first_line(error), site.file, site.line, site.source)]
+        return error, [failure("DP090", error)]
     found = []
     for name in state.changed_attributes:
-        place = definition(subject, name.rpartition(".")[2])
+        place = definition(subject.call, name.rpartition(".")[2])
         message = f"the call changes the attribute {name}"
         found.append(Finding("DP070", "warning", message, place.file, place.line, place.source))
-    names = {name for name, _ in tensors((args, kwargs))}
-    if names != {name for name, _ in tensors(before)}:
-        place = definition(subject)
+    if {name for name, _ in tensors(subject.inputs)} != {name for name, _ in tensors(given)}:
+        place = definition(subject.call)
         message = "the call adds entries to an input container, or takes some away"
         found.append(Finding("DP070", "error", message, place.file, place.line, place.source))
     return None, found
 
 
-def _record(
-    subject: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], raised: BaseException | None
-) -> tuple[list[Finding], str]:
-    """Records one run: with gradients if the subject bears them, otherwise with less and less around it."""
-    attempts: list[tuple[bool | None, bool, bool]] = [(True, True, True), (None, True, True), (None, False, True)]
-    attempts.append((False, False, False))
+def _record(subject: Subject, raised: BaseException | None) -> Outcome:
+    """Record one run: with gradients if the subject bears them, otherwise with less and less around it."""
     best: list[Finding] = []
     problem: BaseException | None = None
-    for require_grad, hooks, enabled in attempts:
-        findings, problem = _record_once(subject, args, kwargs, require_grad, hooks, enabled)
+    for require_grad, hooks, enabled in ((True, True, True), (None, True, True), (None, False, True), (False,) * 3):
+        findings, problem = _record_once(subject, require_grad, hooks, enabled)
         if problem is None:
             return findings, "recorded" if raised is None else "recorded without gradients: the call raises"
         best = max(best, findings, key=len)
-    if raised is not None:
-        return best, "recorded up to the error"
-    return best, f"recorded in part: {first_line(problem) if problem else ''}"
+    return best, "recorded up to the error" if raised else f"recorded in part: {first_line(problem or '')}"
 
 
 def _record_once(
-    subject: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    require_grad: bool | None,
-    hooks: bool,
-    enabled: bool,
+    subject: Subject, require_grad: bool | None, hooks: bool, enabled: bool
 ) -> tuple[list[Finding], BaseException | None]:
-    given = clone((args, kwargs), require_grad=require_grad, leaf=False)
+    given = subject.copies(require_grad=require_grad, leaf=False)
     problem: BaseException | None = None
-    with isolated(subject, args) as state:
+    with isolated(subject) as state:
         # Name the inputs once, before the call: a call may take entries out of the containers it is given.
-        inputs = list(_named_inputs(subject, *given))
+        inputs = list(_named_inputs(subject, given))
         originals = [tensor.detach().clone() for _, tensor in inputs]
         recorder = Recorder(inputs, state.held, sys._getframe())
         try:
             with torch.set_grad_enabled(enabled and torch.is_grad_enabled()), recorder.watching(hooks):
-                subject(*given[0], **given[1])
+                subject.run(given)
         except (Exception, SystemExit) as error:
             problem = error
-        unseen = _changed_unseen(subject, inputs, originals, state.held, recorder)
+        pairs = [("input", name, now, old) for (name, now), old in zip(inputs, originals, strict=True)]
+        pairs += [(item.kind, item.name, item.tensor, item.original) for item in state.held]
+        unseen = _changed_unseen(subject, pairs, recorder)
     return recorder.results() + unseen, problem
 
 
 def _changed_unseen(
-    subject: Callable[..., Any],
-    inputs: list[tuple[str, torch.Tensor]],
-    before: list[torch.Tensor],
-    held: list[Held],
-    recorder: Recorder,
+    subject: Subject, pairs: list[tuple[str, str, torch.Tensor, torch.Tensor]], recorder: Recorder
 ) -> list[Finding]:
-    """Tensors that differ after the call though no operator wrote them: NumPy views, extensions."""
-    somewhere = definition(subject)
-    pairs = [("input", name, now, old) for (name, now), old in zip(inputs, before, strict=True)]
-    pairs += [(item.kind, item.name, item.tensor, item.original) for item in held]
+    """Find tensors that differ after the call though no operator wrote them: NumPy views, extensions."""
     found = []
     for kind, name, now, old in pairs:
         if id(now) not in recorder.written and not same(now, old):
-            place = recorder.host_views.get(storage_key(now)[0], somewhere)
+            place = recorder.host_views.get(storage_key(now)[0]) or definition(subject.call)
             message = f"{kind} {name} changed during the call, and no operator wrote it"
-            found.append(_unseen_finding(message, place, kind, name, old))
+            where = (place.file, place.line, place.source, "", kind, name)
+            found.append(Finding("DP007", "error", message, *where, tuple(old.shape), str(old.dtype)[len("torch.") :]))
     return found
 
 
-def _unseen_finding(message: str, place: Site, kind: str, name: str, tensor: torch.Tensor) -> Finding:
-    finding = Finding("DP007", "error", message, place.file, place.line, place.source, target=kind, name=name)
-    return replace(finding, shape=tuple(tensor.shape), dtype=str(tensor.dtype).removeprefix("torch."))
-
-
-def _named_inputs(
-    subject: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Input tensors under the names that the subject's signature gives them."""
+def _named_inputs(subject: Subject, inputs: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield input tensors under the names that the subject's signature gives them."""
+    args, kwargs = inputs
     named: dict[str, Any] = {f"args[{index}]": value for index, value in enumerate(args)} | kwargs
     try:
-        function = subject.forward if isinstance(subject, nn.Module) else subject
+        function = subject.call.forward if isinstance(subject.call, nn.Module) else subject.call
         named = dict(inspect.signature(function).bind(*args, **kwargs).arguments)
     except (TypeError, ValueError):  # a builtin without a signature
         pass
@@ -297,18 +259,11 @@ def _named_inputs(
 def _allowed(finding: Finding) -> bool:
     if finding.file is None or finding.line is None:
         return False
-    return finding.rule in _allowances_of(finding.file).get(finding.line, frozenset())
+    source = "".join(linecache.getlines(finding.file))
+    return finding.rule in _parsed_allowances(source).get(finding.line, frozenset())
 
 
-def _allowances_of(file: str) -> dict[int, frozenset[str]]:
-    import linecache
-
-    return _parsed_allowances("".join(linecache.getlines(file)))
-
-
-@functools.lru_cache(maxsize=256)
-def _parsed_allowances(source: str) -> dict[int, frozenset[str]]:
-    return allowances(source)
+_parsed_allowances = functools.lru_cache(maxsize=256)(allowances)
 
 
 def _name_of(subject: Callable[..., Any]) -> str:

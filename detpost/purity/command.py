@@ -31,7 +31,7 @@ def check(
     gradcheck: bool = False,
     allow: Sequence[str] = (),
 ) -> int:
-    """Checks paths and callables, and writes one report.
+    """Check paths and callables, and write one report.
 
     Args:
         targets: files or folders (static half), or ``package.module:Callable`` (dynamic half); a class is called
@@ -61,11 +61,9 @@ def check(
     except UsageError as error:
         print(f"detpost check: {error}", file=sys.stderr)
         return MISUSED
-    except SyntaxError as error:
-        print(f"detpost check: {error.filename}:{error.lineno}: {error.msg}", file=sys.stderr)
-        return MISUSED
-    except (OSError, UnicodeDecodeError) as error:
-        print(f"detpost check: {error}", file=sys.stderr)
+    except (OSError, UnicodeDecodeError, SyntaxError) as error:
+        where = f"{error.filename}:{error.lineno}: {error.msg}" if isinstance(error, SyntaxError) else error
+        print(f"detpost check: {where}", file=sys.stderr)
         return MISUSED
     return CLEAN if all(report.ok for report in reports) else FOUND
 
@@ -118,17 +116,10 @@ def _resolved(target: str) -> Any:
 
 
 def example_inputs(shapes: Sequence[str], dtypes: Sequence[str] = ()) -> list[Tensor]:
-    """Random tensors of the shapes and dtypes written on a command line.
+    """Make tensors of the shapes and dtypes written on a command line, the same at each call.
 
-    Args:
-        shapes: sizes separated by commas; an empty text makes a tensor without dimensions.
-        dtypes: names of torch dtypes, one for each shape or one for all.
-
-    Returns:
-        Normal numbers for floating dtypes, 0 and 1 for the others; the same at each call.
-
-    Raises:
-        UsageError: for sizes that are not whole numbers, unknown dtypes, or counts that do not match.
+    Normal numbers for floating dtypes, 0 and 1 for the others. An empty shape makes a tensor without dimensions; one
+    dtype stands for all shapes.
 
     Examples:
         >>> [(tuple(t.shape), t.dtype) for t in example_inputs(["2,3", "4"], ["float32", "int64"])]

@@ -1,4 +1,4 @@
-"""Runs the subject on copies of everything it could change, and puts every object back as it was."""
+"""Run the subject on copies of everything that it could change, and put every object back as it was."""
 
 from __future__ import annotations
 
@@ -17,7 +17,36 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from detpost.purity.structure import clone, tensors
+
 _INTERNAL = frozenset(vars(nn.Module())) - {"training"}  # the registries that every module has
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is checked: a function, method, module or other callable, and the inputs of one call."""
+
+    call: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @property
+    def inputs(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Positional and keyword inputs, as the caller gave them."""
+        return self.args, self.kwargs
+
+    @property
+    def asks_for_gradients(self) -> bool:
+        """Whether any input requires a gradient."""
+        return any(tensor.requires_grad for _, tensor in tensors(self.inputs))
+
+    def copies(self, require_grad: bool | None = None, leaf: bool = True, dtype: torch.dtype | None = None) -> Any:
+        """Copy the inputs, as ``structure.clone`` does."""
+        return clone(self.inputs, require_grad, leaf, dtype)
+
+    def run(self, inputs: Any) -> Any:
+        """Call the subject on a pair of positional and keyword inputs."""
+        return self.call(*inputs[0], **inputs[1])
 
 
 @dataclass
@@ -32,40 +61,31 @@ class Held:
 
 @dataclass
 class State:
-    """What a run may look at: the tensors held, and the names of Python attributes that it changed."""
+    """What a run may look at: the tensors held, and afterwards the names of Python attributes that it changed."""
 
     held: list[Held] = field(default_factory=list)
     changed_attributes: list[str] = field(default_factory=list)
 
 
-def owners(subject: Any, arguments: tuple[Any, ...] = ()) -> dict[str, Any]:
-    """Objects whose state a call of the subject can reach: modules, and the object behind a bound method.
-
-    Args:
-        subject: function, method, partial, module or other callable.
-        arguments: the call's arguments, which may hold modules too.
-
-    Returns:
-        Owner objects by the prefix that names them.
-    """
+def _owners(call: Any, arguments: tuple[Any, ...]) -> dict[str, Any]:
+    """Find the objects whose state a call can reach, by the prefix that names them: modules, the object of a method."""
     found: dict[str, Any] = {}
-    if isinstance(subject, functools.partial):
-        found.update(owners(subject.func, (*subject.args, *subject.keywords.values())))
-    elif isinstance(subject, nn.Module):
-        found.update({"": subject})
-    elif isinstance(subject, types.MethodType):
-        found.update({"self": subject.__self__})
-    elif isinstance(subject, types.FunctionType):
-        values = {name: value for name, value, _ in _captured(subject)}
-        found.update({name: value for name, value in values.items() if isinstance(value, nn.Module)})
-    elif hasattr(subject, "__dict__") and not isinstance(subject, type | types.BuiltinFunctionType):
-        found.update({"self": subject})
+    if isinstance(call, functools.partial):
+        found.update(_owners(call.func, (*call.args, *call.keywords.values())))
+    elif isinstance(call, nn.Module):
+        found.update({"": call})
+    elif isinstance(call, types.MethodType):
+        found.update({"self": call.__self__})
+    elif isinstance(call, types.FunctionType):
+        found.update({name: value for name, value, _ in _captured(call) if isinstance(value, nn.Module)})
+    elif hasattr(call, "__dict__") and not isinstance(call, type | types.BuiltinFunctionType):
+        found.update({"self": call})
     found.update({f"args[{i}]": value for i, value in enumerate(arguments) if isinstance(value, nn.Module)})
     return {name: value for name, value in found.items() if not isinstance(value, type | types.ModuleType)}
 
 
 def _captured(function: types.FunctionType) -> Iterator[tuple[str, Any, Callable[[Any], None]]]:
-    """Names, values and setters of what a function sees besides its arguments."""
+    """Yield names, values and setters of what a function sees besides its arguments."""
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=False):
         with contextlib.suppress(ValueError):  # an empty cell
             yield name, cell.cell_contents, functools.partial(setattr, cell, "cell_contents")
@@ -76,19 +96,12 @@ def _captured(function: types.FunctionType) -> Iterator[tuple[str, Any, Callable
 
 
 @contextlib.contextmanager
-def isolated(subject: Any, arguments: tuple[Any, ...] = (), dtype: torch.dtype | None = None) -> Iterator[State]:
-    """Lends copies of parameters, buffers and captured tensors to the subject for the length of one block.
+def isolated(subject: Subject, dtype: torch.dtype | None = None) -> Iterator[State]:
+    """Lend copies of parameters, buffers and captured tensors to the subject for the length of one block.
 
     Only dictionaries are exchanged: no tensor of the caller is written, not even to restore it. Python attributes,
-    the containers directly in them, and the generators of torch, NumPy and ``random`` are put back as well.
-
-    Args:
-        subject: what will be called.
-        arguments: its arguments, in case they hold modules.
-        dtype: floating dtype that the copies take, if any.
-
-    Yields:
-        The state: which tensors are held, and afterwards which attributes changed.
+    the containers directly in them, and the generators of torch, NumPy and ``random`` are put back as well. Floating
+    copies take ``dtype`` if it is given.
     """
     state = State()
     memo: dict[int, Any] = {}
@@ -97,17 +110,16 @@ def isolated(subject: Any, arguments: tuple[Any, ...] = (), dtype: torch.dtype |
         undo.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
         undo.enter_context(contextlib.redirect_stdout(io.StringIO()))  # the subject runs a dozen times
-        for prefix, owner in owners(subject, arguments).items():
+        for prefix, owner in _owners(subject.call, subject.args).items():
             for name, part in _parts(owner):
                 label = ".".join(piece for piece in (prefix, name) if piece)
                 _lend(part, label, state, undo, memo, dtype)
-        if isinstance(subject, types.FunctionType):
-            for name, value, put in _captured(subject):
-                if isinstance(value, Tensor):
-                    lent = _copy(value, memo, dtype)
-                    put(lent)
-                    undo.callback(put, value)
-                    state.held.append(Held("captured tensor", name, lent, value))
+        for name, value, put in _captured(subject.call) if isinstance(subject.call, types.FunctionType) else ():
+            if isinstance(value, Tensor):
+                lent = _copy(value, memo, dtype)
+                put(lent)
+                undo.callback(put, value)
+                state.held.append(Held("captured tensor", name, lent, value))
         yield state
 
 
@@ -124,7 +136,7 @@ def _parts(owner: Any) -> list[tuple[str, Any]]:
 def _lend(
     part: Any, label: str, state: State, undo: contextlib.ExitStack, memo: dict[int, Any], dtype: torch.dtype | None
 ) -> None:
-    """Exchanges the tensors of one object for copies and remembers its attributes."""
+    """Exchange the tensors of one object for copies, and remember its attributes."""
     if not hasattr(part, "__dict__"):
         return
     if isinstance(part, torch.jit.ScriptModule):  # its registries live in C++ and exchange nothing
@@ -136,7 +148,7 @@ def _lend(
     if isinstance(part, nn.Module):
         registries += [("parameter", part._parameters), ("buffer", part._buffers)]
         undo.callback(_put_back, part._modules, dict(part._modules))
-    undo.callback(_restore, part, type(part), dict(vars(part)), label, state)
+    undo.callback(_restore, part, type(part), dict(vars(part)))
     for value in list(vars(part).values()):
         if isinstance(value, list | dict | set):
             undo.callback(_put_back, value, copy.copy(value))
@@ -147,38 +159,31 @@ def _lend(
                 lent = _copy(tensor, memo, dtype)
                 registry.update({name: lent})
                 state.held.append(Held(kind, f"{label}.{name}".lstrip("."), lent, tensor))
-    before = {name: _shadow(value) for name, value in vars(part).items() if name not in _INTERNAL}
-    undo.callback(_note_changes, part, before, label, state)
+    if type(part).__module__.split(".")[0] != "torch":  # torch's own bookkeeping is stirred up by the exchange itself
+        undo.callback(_note_changes, part, _shadow(part), label, state)
 
 
 def _copy(tensor: Tensor, memo: dict[int, Any], dtype: torch.dtype | None) -> Tensor:
-    """A copy with the tensor's own class and flag; the same copy for the same tensor, so tied weights stay tied."""
-    if id(tensor) in memo:
-        kept: Tensor = memo[id(tensor)]
-        return kept
-    if tensor.is_leaf:
-        copied: Tensor = copy.deepcopy(tensor)
+    """Copy a tensor with its class and flag; the same tensor gives the same copy, so that tied weights stay tied."""
+    if id(tensor) not in memo:
+        copied = copy.deepcopy(tensor) if tensor.is_leaf else tensor.detach().clone()
         if dtype is not None and copied.is_floating_point():
             wider = copied.detach().to(dtype)
-            copied = (
-                nn.Parameter(wider, copied.requires_grad)
-                if isinstance(copied, nn.Parameter)
-                else wider.requires_grad_(copied.requires_grad)
-            )
-    else:
-        copied = tensor.detach().clone().requires_grad_(tensor.requires_grad)
-    memo.update({id(tensor): copied})
-    return copied
+            copied = nn.Parameter(wider) if isinstance(copied, nn.Parameter) else wider
+        if copied.requires_grad != tensor.requires_grad:  # a lazy module's parameter cannot be asked to
+            copied = copied.requires_grad_(tensor.requires_grad)
+        memo.update({id(tensor): copied})
+    kept: Tensor = memo[id(tensor)]
+    return kept
 
 
-def _shadow(value: Any) -> Any:
-    """What an attribute looked like: containers by a shallow copy, anything else by itself."""
-    return copy.copy(value) if isinstance(value, list | dict | set) else value
+def _shadow(part: Any) -> dict[str, Any]:
+    """Remember what attributes look like: containers by a shallow copy, anything else by itself."""
+    kept = {name: value for name, value in vars(part).items() if name not in _INTERNAL}
+    return {name: copy.copy(value) if isinstance(value, list | dict | set) else value for name, value in kept.items()}
 
 
 def _note_changes(part: Any, before: dict[str, Any], label: str, state: State) -> None:
-    if type(part).__module__.split(".")[0] == "torch":  # its own bookkeeping, which the exchange itself stirs up
-        return
     after = {name: value for name, value in vars(part).items() if name not in _INTERNAL}
     for name in sorted(before.keys() | after.keys()):
         if name not in before or name not in after or not _alike(before[name], after[name]):
@@ -197,20 +202,16 @@ def _alike(before: Any, after: Any) -> bool:
     return False
 
 
-def _restore(part: Any, kind: type, attributes: dict[str, Any], label: str, state: State) -> None:
+def _restore(part: Any, kind: type, attributes: dict[str, Any]) -> None:
     if type(part) is not kind:  # a lazy module turns into its final class during the first call
         part.__class__ = kind
     _put_back(vars(part), attributes)
 
 
 def _put_back(container: Any, contents: Any) -> None:
-    """Gives a list, dictionary or set its old contents without replacing the object."""
-    if isinstance(container, list):
-        container.clear()
-        container.extend(contents)
-    else:
-        container.clear()
-        container.update(contents)
+    """Give a list, dictionary or set its old contents without replacing the object."""
+    container.clear()
+    (container.extend if isinstance(container, list) else container.update)(contents)
 
 
 @contextlib.contextmanager

@@ -195,15 +195,13 @@ class Scope:
             self.bind(part, kind)
 
     def bind_loop(self, target: ast.expr, source: ast.expr) -> None:
-        """Bind what a loop yields; ``enumerate``, ``zip`` and ``items`` give each target its own kind."""
+        """Bind what a loop yields; ``enumerate`` and ``zip`` give each target its own kind."""
         match target, source:
             case ast.Tuple(elts=[_, inner]), ast.Call(func=ast.Name(id="enumerate"), args=[inside, *_]):
                 self.bind_loop(inner, inside)
             case ast.Tuple(elts=parts), ast.Call(func=ast.Name(id="zip"), args=sources) if len(parts) == len(sources):
                 for part, one in zip(parts, sources, strict=True):
                     self.bind_loop(part, one)
-            case ast.Tuple(elts=[_, inner]), ast.Call(func=ast.Attribute(attr="items", value=mapping)):
-                self.bind(inner, self.kind(mapping).element)
             case _, ast.Call(func=ast.Attribute(attr="parameters" | "buffers" | "named_parameters" | "named_buffers")):
                 self.bind(target, Kind.TENSOR)
             case _:

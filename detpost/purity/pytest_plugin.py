@@ -10,7 +10,7 @@
     def test_pure_but_for_one_wait(purity):
         purity(MyModule(), x)
 
-Torch is not imported before a test asks for the fixture.
+Nothing of the checker, and no torch, is imported before a test asks for the fixture.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Registers the marker, so that ``--strict-markers`` knows it."""
+    """Register the marker, so that ``--strict-markers`` knows it."""
     config.addinivalue_line(
         "markers",
         "purity(allow=(), gradcheck=False, only=None): what the purity fixture accepts and runs in this test",
@@ -34,7 +34,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture
 def purity(request: pytest.FixtureRequest) -> Callable[..., PurityReport]:
-    """A function like ``detpost.purity.assert_pure``, with the marker's keywords as defaults.
+    """Give a function like ``detpost.purity.assert_pure``, with the marker's keywords as defaults.
 
     Returns:
         The function: it fails the test with the report if the checker finds an error, and returns the report if not.

@@ -97,7 +97,7 @@ class PurityReport:
         return tuple(finding for finding in self.findings if finding.severity == "error")
 
     def without(self, codes: Iterable[str]) -> PurityReport:
-        """The same report with the findings of some rules left out.
+        """Leave the findings of some rules out.
 
         Args:
             codes: rule codes to leave out.
@@ -126,7 +126,7 @@ class PurityReport:
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as plain Python values.
+        """Give the report as plain Python values.
 
         Returns:
             A dict with ``subject``, ``ok``, ``clean``, ``findings`` and ``stages``.
@@ -140,7 +140,7 @@ class PurityReport:
         }
 
     def to_json(self, indent: int | None = 2) -> str:
-        """The report as JSON.
+        """Give the report as JSON.
 
         Args:
             indent: spaces per level, or None for one line.
@@ -155,7 +155,7 @@ class PurityReport:
         return json.dumps(self.to_dict(), indent=indent)
 
     def to_sarif(self) -> str:
-        """The report in SARIF 2.1.0, which code review tools read.
+        """Give the report in SARIF 2.1.0, which code review tools read.
 
         Returns:
             A SARIF log with one run.
@@ -164,7 +164,7 @@ class PurityReport:
 
 
 def short_path(file: str) -> str:
-    """A path relative to the working directory, unless it lies outside of it."""
+    """Make a path relative to the working directory, unless it lies outside of it."""
     try:
         relative = os.path.relpath(file)
     except ValueError:  # another drive
@@ -173,19 +173,12 @@ def short_path(file: str) -> str:
 
 
 def ordered(findings: Iterable[Finding]) -> tuple[Finding, ...]:
-    """Findings by severity, then by place, then by rule."""
+    """Sort findings by severity, then by place, then by rule."""
     return tuple(sorted(findings, key=lambda f: (_ORDER[f.severity], f.file or "", f.line or 0, f.rule)))
 
 
 def sarif(reports: Iterable[PurityReport]) -> str:
-    """Several reports as one SARIF 2.1.0 log.
-
-    Args:
-        reports: what to write, in order.
-
-    Returns:
-        The log as JSON text.
-    """
+    """Write several reports as the JSON text of one SARIF 2.1.0 log."""
     findings = [finding for report in reports for finding in report.findings]
     rules = [
         {

@@ -10,11 +10,11 @@ import tokenize
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from detpost.purity.kinds import Function, Kind, Scope, annotated, dotted, imported, indexes_an_array, parameters
+from detpost.purity.kinds import Function, Kind, Scope, annotated, imported, indexes_an_array, parameters
 from detpost.purity.report import Finding, PurityReport, ordered
 from detpost.purity.rules import Severity, allowed_codes
 
-# A layer or activation handed in under its own or a general name: `relu_type(inplace=True)`.
+# Layers and activations, also those handed in under a general name: `relu_type(inplace=True)`.
 _LAYER_NAME = re.compile(r"relu|elu|act|dropout|silu|swish|mish|sigmoid|tanh|threshold|norm|layer", re.IGNORECASE)
 _HARMLESS = frozenset({"_", "rename_", "requires_grad_", "share_memory_"})  # they end in "_" and write no values
 _SHAPES = frozenset({"argwhere", "masked_select", "nonzero", "unique", "unique_consecutive"})
@@ -222,9 +222,10 @@ class _Reader:
         maybe = method and receiver in (Kind.UNKNOWN, Kind.TENSORS) and not own
         if name.endswith("_") and not (name.startswith("_") or name in _HARMLESS) and (on_tensor or maybe):
             self.underscored(node, text, home, receiver)
+        made = ast.unparse(node.args[0]) if name == "partial" and node.args else name
         for keyword in node.keywords:
             constant = keyword.value.value if isinstance(keyword.value, ast.Constant) else ...
-            if keyword.arg == "inplace" and constant is True and _makes_layer(node, name, home):
+            if keyword.arg == "inplace" and constant is True and _LAYER_NAME.search(made):
                 self.report("DP005", node, f"{text}(inplace=True) overwrites its input; write inplace=False")
             if keyword.arg == "out" and constant is not None and on_tensor:
                 written = scope.kind(keyword.value)
@@ -252,11 +253,3 @@ class _Reader:
 
 def _said(written: Kind) -> str:
     return "a temporary of its own" if written is Kind.FRESH else "a tensor"
-
-
-def _makes_layer(node: ast.Call, name: str, home: str) -> bool:
-    """Tell whether a call makes a layer or applies one: torch's, one by its name, or ``partial(nn.SiLU, ...)``."""
-    if name == "partial":
-        return bool(node.args) and bool(_LAYER_NAME.search(ast.unparse(node.args[0])))
-    rewrites_model = {"ao", "quantization"} & set(dotted(node.func))
-    return bool(_LAYER_NAME.search(name)) or (home == "torch" and not rewrites_model)
