@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from detpost import boxes as boxes
     from detpost import export as export
+    from detpost import fusion as fusion
     from detpost import heads as heads
     from detpost import losses as losses
     from detpost import metrics as metrics
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_MODULES = ("boxes", "export", "heads", "losses", "metrics", "nms", "purity")
+_MODULES = ("boxes", "export", "fusion", "heads", "losses", "metrics", "nms", "purity")
 _HOMES = {
     "DecodeSpec": "spec",
     "DetectionPostProcessor": "postprocess",
@@ -42,6 +43,7 @@ __all__ = [
     "Detector",
     "boxes",
     "export",
+    "fusion",
     "heads",
     "losses",
     "metrics",

@@ -28,9 +28,9 @@ DOCS = ROOT / "docs"
 MODULES = [
     "detpost", "detpost.boxes", "detpost.spec", "detpost.selection", "detpost.postprocess", "detpost.detections",
     "detpost.detector", "detpost.losses", "detpost.metrics", "detpost.export", "detpost.purity", "detpost.heads",
-    "detpost.nms", "detpost.integrations.transformers", "detpost.integrations.kornia", "detpost.integrations.rtdetr",
-    "detpost.integrations.rfdetr", "detpost.integrations.ultralytics", "detpost.runs.detect", "detpost.runs.evaluate",
-    "detpost.images", "detpost.runs.drawing", "detpost.zoo",
+    "detpost.nms", "detpost.fusion", "detpost.integrations.transformers", "detpost.integrations.kornia",
+    "detpost.integrations.rtdetr", "detpost.integrations.rfdetr", "detpost.integrations.ultralytics",
+    "detpost.runs.detect", "detpost.runs.evaluate", "detpost.images", "detpost.runs.drawing", "detpost.zoo",
 ]  # fmt: skip
 
 # The names of the contract, each of which shows how it is used.
@@ -42,7 +42,8 @@ WITH_EXAMPLE = [
     "losses.HausdorffERLoss3D", "losses.HausdorffDTLoss", "losses.LogHausdorffDTLoss", "losses.distance_transform_edt",
     "metrics.hausdorff_distance", "export.to_onnx", "export.attach", "export.compile", "export.package",
     "export.CudaGraph", "export.to_openvino", "export.verify", "purity.check", "purity.assert_pure",
-    "purity.PurityReport", "Detector", "Detector.load", "Detector.predict",
+    "purity.PurityReport", "nms.nms", "fusion.weighted_boxes", "fusion.merge", "Detector", "Detector.load",
+    "Detector.predict",
 ]  # fmt: skip
 
 # Pages whose examples stand on objects that a test of their own makes.
@@ -380,7 +381,7 @@ def test_the_reference_has_every_public_name_and_no_other():
     for name in shown:
         module, _, attribute = name.rpartition(".")
         assert hasattr(importlib.import_module(module), attribute), name
-    for place in ("boxes", "export", "losses", "metrics", "heads", "nms", "purity"):
+    for place in ("boxes", "export", "losses", "metrics", "heads", "nms", "fusion", "purity"):
         module = importlib.import_module(f"detpost.{place}")
         wanted = {name for name in public_names(module) if callable(getattr(module, name))}
         assert {f"detpost.{place}.{name}" for name in wanted} <= shown | {"detpost.boxes.BoxFormat"}

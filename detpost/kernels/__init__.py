@@ -24,8 +24,10 @@ import torch
 from torch import Tensor
 
 from detpost.detections import Detections
+from detpost.kernels.cpu import fusion as native_fusion
 from detpost.kernels.cpu import native, numpy_decode
 from detpost.kernels.cpu import nms as native_nms
+from detpost.reference import fusion as reference_fusion
 from detpost.reference import nms as reference_nms
 from detpost.reference.derivatives import wants_derivative
 from detpost.spec import DecodeSpec
@@ -34,8 +36,10 @@ __all__ = [
     "KERNELS",
     "decode",
     "for_losses",
+    "fuse",
     "is_exporting",
     "kind_for",
+    "merge",
     "nms",
     "select",
     "suppress",
@@ -278,3 +282,49 @@ def suppress(detections: Detections, threshold: float, by_class: bool, compact: 
 def _is_native(values: Tensor) -> bool:
     """Whether the C++ kernels serve a tensor here."""
     return not _writes_a_graph() and not _is_transformed() and _kind_of(values.device) == "native"
+
+
+def merge(
+    boxes: Tensor, scores: Tensor, labels: Tensor | None, valid: Tensor | None, threshold: float, smaller: bool
+) -> tuple[Tensor, Tensor]:
+    """Let the best boxes swallow those that they overlap.
+
+    Args:
+        boxes: (B, N, 4), floating, xyxy.
+        scores: (B, N), floating.
+        labels: (B, N), integer, or ``None``: one class.
+        valid: (B, N), bool, or ``None``: all are.
+        threshold: above 0, at most 1; an overlap of as much counts.
+        smaller: whether an overlap is a part of the smaller box, and not of the union.
+
+    Returns:
+        Which boxes stay (B, N), bool. Boxes (B, N, 4), those that stay grown; float32, or float64 if they are.
+    """
+    if _is_native(boxes) and not wants_derivative(boxes):
+        observed = _is_observed(boxes, scores, labels) or type(valid) not in (Tensor, type(None))
+        run = native_nms.merge_as_operator if observed else native_nms.merge
+        return run(boxes, scores, labels, valid, threshold, smaller)
+    return reference_fusion.merge(boxes, scores, labels, valid, threshold, smaller)
+
+
+def fuse(
+    boxes: Tensor, scores: Tensor, labels: Tensor | None, valid: Tensor | None, threshold: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Fuse clusters of boxes that overlap.
+
+    Args:
+        boxes: (B, N, 4), float64, xyxy.
+        scores: (B, N), float64: what the boxes are ordered and weighed by.
+        labels: (B, N), integer, or ``None``: one class.
+        valid: (B, N), bool, or ``None``: all are.
+        threshold: a box joins a cluster whose IoU with it is greater.
+
+    Returns:
+        Owners (B, N), int64: the index of the box that began the cluster of each box, -1 for boxes that are not valid.
+        Boxes (B, N, 4) and scores (B, N): where a cluster begins, its mean box and mean score; elsewhere what came.
+    """
+    if _is_native(boxes) and not wants_derivative(boxes, scores):
+        observed = _is_observed(boxes, scores, labels) or type(valid) not in (Tensor, type(None))
+        run = native_fusion.fuse_as_operator if observed else native_fusion.fuse
+        return run(boxes, scores, labels, valid, threshold)
+    return reference_fusion.fuse(boxes, scores, labels, valid, threshold)

@@ -307,7 +307,7 @@ DETPOST_EXPORT void detpost_share_threads(void* parallel_function) {
 }
 
 // Raised with every change of a signature below: native.py refuses another number.
-DETPOST_EXPORT int detpost_interface() { return 5; }
+DETPOST_EXPORT int detpost_interface() { return 6; }
 
 DETPOST_EXPORT int detpost_level() { return level(); }
 

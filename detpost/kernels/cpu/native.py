@@ -36,7 +36,7 @@ __all__ = [
     "weighted_error",
 ]
 
-_INTERFACE = 5
+_INTERFACE = 6
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _SIZE_TYPES = {torch.float32: 1, torch.int32: 2, torch.int64: 3}
 _BOX_FORMATS = {"cxcywh": 0, "xyxy": 1, "xywh": 2}
@@ -53,7 +53,8 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "detpost_distance": (
         *(c_void_p, c_int64, c_int64, c_int64, c_int64, c_float, c_float, c_float, c_int, c_float, c_void_p, c_int),
     ),
-    "detpost_nms": (c_char_p,),
+    "detpost_fuse": (c_char_p,),
+    "detpost_nms": (c_char_p, c_char_p),
     "detpost_weighted_error": (
         *(c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int64),
         *(c_double, c_double, c_float, c_int, c_void_p, c_int),

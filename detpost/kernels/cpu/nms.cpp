@@ -19,23 +19,24 @@ using detpost::Entry;
 using detpost::hold;
 
 thread_local detpost::Scratch scratch;
-constexpr size_t kMostKept = size_t(1) << 24;  // bytes of each slot, between calls
-enum Slot : int { kRanking = 0, kRankings = 1, kFirstTasks = 2, kColumns = 3, kKeepers = 4 };
+enum Slot : int { kColumns = 0, kKeepers = 1 };
 
-// In the order of nms.py's record; addresses as numbers, 0 for none.
+// In the order of nms.py's record.
 struct Call {
-  int64_t batch, count, threads;
+  detpost::Lists lists;
   int64_t boxes, box_type;  // (batch, count, 4), float32 or float64
-  int64_t scores, score_type;  // (batch, count), float32 or float64; none: best first already
-  int64_t labels, valid;       // (batch, count), int64 and bool
-  int64_t smaller;             // overlaps are parts of the smaller box and not of the union
-  int64_t merged;              // as boxes: the kept boxes with those that they swallowed; none: suppression alone
-  int64_t keep;                // (batch, count), bool
-  // Detections, float32 and int64: `in` is where boxes and labels above belong to; none of these for plain tensors.
-  int64_t in_scores, in_labels, in_queries, compact;
+  int64_t smaller;          // overlaps are parts of the smaller box and not of the union
+  int64_t keep;             // (batch, count), bool, all false
+  int64_t merged;           // as boxes, and a copy of them: kept ones grow by what they swallow; none: suppression alone
+  double threshold;         // a box is dropped above it
+  double grown_threshold;   // ... and swallowed if it overlaps the grown box by this much, too
+};
+
+// Detections, float32 and int64, in and out; what is not kept reads as an empty slot.
+struct Rows {
+  int64_t batch, count, compact;
+  int64_t keep, scores, labels, boxes, queries;
   int64_t out_scores, out_labels, out_boxes, out_queries, out_valid;
-  double threshold;    // a box is dropped above it
-  double grown_threshold;  // ... and swallowed where it overlaps the grown box by this much, too
 };
 
 // The boxes of one class, best first.
@@ -63,51 +64,19 @@ void not_above(double value, float* found) {
 
 namespace {
 
-// The rankings of all images; a task is one class of one image.
-struct Plan {
-  const Call* call;
-  int64_t* memory;
-  detpost::Ranking* rankings;
-  int64_t* first_tasks;  // of each image, and the end
-};
-
-// Boxes to rank, or pairs of one class to compare, below which waking a thread takes longer than they do.
-constexpr int64_t kManyBoxes = int64_t(1) << 16, kManyPairs = int64_t(1) << 22;
-
-const void* boxes_of(const Call& call, int64_t image) {
-  const int64_t size = call.box_type == detpost::kDouble ? 8 : 4;
-  return reinterpret_cast<const void*>(call.boxes + image * call.count * 4 * size);
-}
-
-detpost::Ranking rank_image(const Call& call, int64_t image, int64_t* memory) {
-  const int64_t first = image * call.count;
-  const int64_t size = call.score_type == detpost::kDouble ? 8 : 4;
-  const detpost::Ranked of{
-      call.scores ? reinterpret_cast<const void*>(call.scores + first * size) : nullptr,
-      call.scores ? call.score_type : int64_t(detpost::kNone),
-      call.labels ? reinterpret_cast<const int64_t*>(call.labels) + first : nullptr,
-      call.valid ? reinterpret_cast<const uint8_t*>(call.valid) + first : nullptr,
-      call.count,
-  };
-  std::memset(reinterpret_cast<uint8_t*>(call.keep) + first, 0, call.count);
-  if (call.merged) {
-    const size_t bytes = call.count * 4 * (call.box_type == detpost::kDouble ? 8 : 4);
-    std::memcpy(reinterpret_cast<char*>(call.merged) + image * bytes, boxes_of(call, image), bytes);
-  }
-  return detpost::rank(of, memory);
-}
-
-void walk_class(const Call& call, int64_t image, const detpost::Ranking& ranking, int64_t number) {
+void visit(const void* data, int64_t image, const Entry* order, int64_t count) {
+  const Call& call = *static_cast<const Call*>(data);
+  const detpost::TrimAfter after{scratch};
   const bool wide = call.box_type == detpost::kDouble;
-  const int64_t first = ranking.starts[number];
-  Walk walk{boxes_of(call, image),
-            ranking.order + first,
-            ranking.starts[number + 1] - first,
-            call.threshold,
-            call.grown_threshold,
-            call.smaller != 0,
-            call.merged ? reinterpret_cast<char*>(call.merged) + image * call.count * 4 * (wide ? 8 : 4) : nullptr,
-            reinterpret_cast<uint8_t*>(call.keep) + image * call.count};
+  const int64_t first = image * call.lists.count, bytes = first * 4 * (wide ? 8 : 4);
+  const Walk walk{reinterpret_cast<const void*>(call.boxes + bytes),
+                  order,
+                  count,
+                  call.threshold,
+                  call.grown_threshold,
+                  call.smaller != 0,
+                  call.merged ? reinterpret_cast<void*>(call.merged + bytes) : nullptr,
+                  reinterpret_cast<uint8_t*>(call.keep) + first};
   if (wide) {
     DETPOST_BEST(walk_doubles)(walk);
   } else {
@@ -115,19 +84,19 @@ void walk_class(const Call& call, int64_t image, const detpost::Ranking& ranking
   }
 }
 
-// Writes the detections of an image: what is kept in its slot or at the front, and elsewhere what an empty slot reads.
-void write_detections(const Call& call, int64_t image) {
-  const int64_t first = image * call.count;
-  const uint8_t* keep = reinterpret_cast<const uint8_t*>(call.keep) + first;
-  const float* scores = reinterpret_cast<const float*>(call.in_scores) + first;
-  const int64_t* labels = reinterpret_cast<const int64_t*>(call.in_labels) + first;
-  const int64_t* queries = reinterpret_cast<const int64_t*>(call.in_queries) + first;
-  const float* boxes = reinterpret_cast<const float*>(call.boxes) + first * 4;
-  float* out_scores = reinterpret_cast<float*>(call.out_scores) + first;
-  int64_t* out_labels = reinterpret_cast<int64_t*>(call.out_labels) + first;
-  int64_t* out_queries = reinterpret_cast<int64_t*>(call.out_queries) + first;
-  float* out_boxes = reinterpret_cast<float*>(call.out_boxes) + first * 4;
-  uint8_t* out_valid = reinterpret_cast<uint8_t*>(call.out_valid) + first;
+// Writes the detections of an image: what is kept in its slot or at the front.
+void write_rows(const Rows& of, int64_t image) {
+  const int64_t first = image * of.count;
+  const uint8_t* keep = reinterpret_cast<const uint8_t*>(of.keep) + first;
+  const float* scores = reinterpret_cast<const float*>(of.scores) + first;
+  const int64_t* labels = reinterpret_cast<const int64_t*>(of.labels) + first;
+  const int64_t* queries = reinterpret_cast<const int64_t*>(of.queries) + first;
+  const float* boxes = reinterpret_cast<const float*>(of.boxes) + first * 4;
+  float* out_scores = reinterpret_cast<float*>(of.out_scores) + first;
+  int64_t* out_labels = reinterpret_cast<int64_t*>(of.out_labels) + first;
+  int64_t* out_queries = reinterpret_cast<int64_t*>(of.out_queries) + first;
+  float* out_boxes = reinterpret_cast<float*>(of.out_boxes) + first * 4;
+  uint8_t* out_valid = reinterpret_cast<uint8_t*>(of.out_valid) + first;
   int64_t at = 0;
   const auto empty = [&] {
     out_scores[at] = 0.0f;
@@ -136,69 +105,33 @@ void write_detections(const Call& call, int64_t image) {
     std::memset(out_boxes + 4 * at, 0, 4 * sizeof *out_boxes);
     out_valid[at++] = 0;
   };
-  for (int64_t i = 0; i < call.count; ++i) {
+  for (int64_t i = 0; i < of.count; ++i) {
     if (keep[i]) {
       out_scores[at] = scores[i];
       out_labels[at] = labels[i];
       out_queries[at] = queries[i];
       std::memcpy(out_boxes + 4 * at, boxes + 4 * i, 4 * sizeof *boxes);
       out_valid[at++] = 1;
-    } else if (!call.compact) {
+    } else if (!of.compact) {
       empty();
     }
   }
-  while (at < call.count) empty();
-}
-
-void rank_task(const void* data, int64_t image) {
-  const Plan& plan = *static_cast<const Plan*>(data);
-  const size_t words = detpost::ranking_words(plan.call->count);
-  plan.rankings[image] = rank_image(*plan.call, image, plan.memory + image * words);
-}
-
-void class_task(const void* data, int64_t task) {
-  const Plan& plan = *static_cast<const Plan*>(data);
-  int64_t image = 0;
-  while (task >= plan.first_tasks[image + 1]) ++image;
-  walk_class(*plan.call, image, plan.rankings[image], task - plan.first_tasks[image]);
-}
-
-void output_task(const void* data, int64_t image) { write_detections(*static_cast<const Call*>(data), image); }
-
-// Lays out the tasks of all images; gives the number of pairs that may have to be compared.
-int64_t lay_out_tasks(const Plan& plan) {
-  int64_t pairs = 0;
-  plan.first_tasks[0] = 0;
-  for (int64_t image = 0; image < plan.call->batch; ++image) {
-    const detpost::Ranking& ranking = plan.rankings[image];
-    plan.first_tasks[image + 1] = plan.first_tasks[image] + ranking.classes;
-    for (int64_t number = 0; number < ranking.classes; ++number) {
-      const int64_t count = ranking.starts[number + 1] - ranking.starts[number];
-      pairs += count * (count - 1) / 2;
-    }
-  }
-  return pairs;
-}
-
-void suppress(const Call& call) {
-  const Plan plan{&call, scratch.take<int64_t>(kRanking, call.batch * detpost::ranking_words(call.count)),
-                  scratch.take<detpost::Ranking>(kRankings, call.batch),
-                  scratch.take<int64_t>(kFirstTasks, call.batch + 1)};
-  const int threads = static_cast<int>(call.threads), threads_of_boxes = call.batch * call.count < kManyBoxes ? 1 : threads;
-  detpost::start(rank_task, plan, call.batch, threads_of_boxes);
-  const int64_t pairs = lay_out_tasks(plan);
-  detpost::start(class_task, plan, plan.first_tasks[call.batch], pairs < kManyPairs ? 1 : threads);
-  if (call.out_scores) detpost::start(output_task, call, call.batch, threads_of_boxes);
+  while (at < of.count) empty();
 }
 
 }  // namespace
 
-DETPOST_EXPORT int detpost_nms(const char* record) {
-  Call call;
-  std::memcpy(&call, record, sizeof call);
-  const int outcome = detpost::outcome_of([&] { suppress(call); });
-  scratch.trim(kMostKept);
-  return outcome;
+// `rows`, or null: the detections that the boxes belong to.
+DETPOST_EXPORT int detpost_nms(const char* record, const char* rows) {
+  return detpost::outcome_of([&] {
+    Call call;
+    std::memcpy(&call, record, sizeof call);
+    detpost::for_each_class(call.lists, &call, visit);
+    if (!rows) return;
+    Rows of;
+    std::memcpy(&of, rows, sizeof of);
+    for (int64_t image = 0; image < of.batch; ++image) write_rows(of, image);
+  });
 }
 
 #else  // the kernels, once per instruction set

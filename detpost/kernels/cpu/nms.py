@@ -7,6 +7,7 @@ import struct
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,17 +15,17 @@ from detpost.detections import Detections
 from detpost.kernels.cpu import native
 from detpost.reference.derivatives import wants_derivative
 
-__all__ = ["keep", "keep_as_operator", "suppress", "takes_detections"]
+__all__ = ["keep", "keep_as_operator", "merge", "merge_as_operator", "suppress", "takes_detections"]
 
-# Addresses and whole numbers in the order of nms.cpp's Call, and two thresholds.
-_RECORD = struct.Struct("=21q2d")
+# Addresses and whole numbers in the order of nms.cpp's Call, and two thresholds; in that of its Rows.
+_RECORD = struct.Struct("=12q2d")
+_ROWS = struct.Struct("=13q")
 _FLOAT_TYPES = {torch.float32: 1, torch.float64: 2}
-_NO_DETECTIONS = (0,) * 9
 
 
 @functools.cache
-def _run() -> Callable[[bytes], None]:
-    run: Callable[[bytes], None] = native.function("detpost_nms")
+def _run() -> Callable[[bytes, bytes | None], None]:
+    run: Callable[[bytes, bytes | None], None] = native.function("detpost_nms")
     return run
 
 
@@ -45,16 +46,9 @@ def keep(
         (B, N), bool.
     """
     boxes, scores, labels, valid = _ready(boxes, scores, labels, valid)
-    batch, count, _ = boxes.shape
-    kept = torch.empty((batch, count), dtype=torch.bool, device="cpu")
-    if batch and count:
-        _run()(
-            _RECORD.pack(
-                *_inputs(boxes, scores, labels, valid, smaller),
-                *(0, kept.data_ptr(), *_NO_DETECTIONS),
-                *(threshold, 0.0),
-            )
-        )
+    kept = torch.zeros(boxes.shape[:2], dtype=torch.bool, device="cpu")
+    if kept.numel():
+        _run()(_record(boxes, scores, labels, valid, smaller, kept, None, threshold, 0.0), None)
     return kept
 
 
@@ -64,6 +58,41 @@ def keep_as_operator(
     """Say the same through the registered operator, which compilers and tracers see."""
     kept: Tensor = torch.ops.detpost.native_nms(boxes, scores, labels, valid, threshold, smaller)
     return kept
+
+
+def merge(
+    boxes: Tensor, scores: Tensor, labels: Tensor | None, valid: Tensor | None, threshold: float, smaller: bool
+) -> tuple[Tensor, Tensor]:
+    """Let the best boxes swallow those that they overlap; as :func:`detpost.reference.fusion.merge`.
+
+    Args:
+        boxes: (B, N, 4), floating, xyxy, on the CPU.
+        scores: (B, N), floating.
+        labels: (B, N), integer, or ``None``: one class.
+        valid: (B, N), bool, or ``None``: all are.
+        threshold: above 0, at most 1; an overlap of as much counts.
+        smaller: whether an overlap is a part of the smaller box, and not of the union.
+
+    Returns:
+        Which boxes stay (B, N), bool. Boxes (B, N, 4), those that stay grown; float32, or float64 if they are.
+    """
+    boxes, ready_scores, labels, valid = _ready(boxes, scores, labels, valid)
+    kept = torch.zeros(boxes.shape[:2], dtype=torch.bool, device="cpu")
+    grown = boxes.clone()
+    if kept.numel():
+        # At least a number is above the one below it, of the same type.
+        number: Any = np.float64 if boxes.dtype == torch.float64 else np.float32
+        below = float(np.nextafter(number(threshold), number(-1)))
+        _run()(_record(boxes, ready_scores, labels, valid, smaller, kept, grown, below, threshold), None)
+    return kept, grown
+
+
+def merge_as_operator(
+    boxes: Tensor, scores: Tensor, labels: Tensor | None, valid: Tensor | None, threshold: float, smaller: bool
+) -> tuple[Tensor, Tensor]:
+    """Do the same through the registered operator, which compilers and tracers see."""
+    found: tuple[Tensor, Tensor] = torch.ops.detpost.native_merge(boxes, scores, labels, valid, threshold, smaller)
+    return found
 
 
 def takes_detections(detections: Detections) -> bool:
@@ -89,21 +118,16 @@ def suppress(detections: Detections, threshold: float, by_class: bool, compact: 
     Returns:
         The detections.
     """
-    scores, labels, boxes, queries, valid = (
-        values if values.is_contiguous() else values.contiguous() for values in detections
-    )
+    scores, labels, boxes, queries, valid = (values.contiguous() for values in detections)
     like = torch.empty_like
     found = like(scores), like(labels), like(boxes), like(queries), like(valid)
-    kept = found[4] if not compact else like(valid)
     if valid.numel():
-        _run()(
-            _RECORD.pack(
-                *_inputs(boxes, None, labels if by_class else None, valid, False),
-                *(0, kept.data_ptr(), scores.data_ptr(), labels.data_ptr(), queries.data_ptr(), compact),
-                *(values.data_ptr() for values in found),
-                *(threshold, 0.0),
-            )
+        kept = torch.zeros_like(valid)
+        rows = _ROWS.pack(
+            *(*valid.shape, compact, kept.data_ptr()),
+            *(values.data_ptr() for values in (scores, labels, boxes, queries, *found)),
         )
+        _run()(_record(boxes, None, labels if by_class else None, valid, False, kept, None, threshold, 0.0), rows)
     return Detections(*found)
 
 
@@ -122,14 +146,23 @@ def _ready(
     return boxes, scores, labels, valid
 
 
-def _inputs(
-    boxes: Tensor, scores: Tensor | None, labels: Tensor | None, valid: Tensor | None, smaller: bool
-) -> tuple[int, ...]:
-    return (
-        *(boxes.shape[0], boxes.shape[1], torch.get_num_threads(), boxes.data_ptr(), _FLOAT_TYPES[boxes.dtype]),
+def _record(
+    boxes: Tensor,
+    scores: Tensor | None,
+    labels: Tensor | None,
+    valid: Tensor | None,
+    smaller: bool,
+    kept: Tensor,
+    grown: Tensor | None,
+    threshold: float,
+    grown_threshold: float,
+) -> bytes:
+    return _RECORD.pack(
+        *(boxes.shape[0], boxes.shape[1], torch.get_num_threads()),
         *((0, 0) if scores is None else (scores.data_ptr(), _FLOAT_TYPES[scores.dtype])),
         *(0 if values is None else values.data_ptr() for values in (labels, valid)),
-        smaller,
+        *(boxes.data_ptr(), _FLOAT_TYPES[boxes.dtype], smaller, kept.data_ptr()),
+        *(0 if grown is None else grown.data_ptr(), threshold, grown_threshold),
     )
 
 
@@ -139,10 +172,28 @@ def _keep_fake(
     return boxes.new_empty(boxes.shape[:2], dtype=torch.bool)
 
 
+def _merge_fake(
+    boxes: Tensor, scores: Tensor, labels: Tensor | None, valid: Tensor | None, threshold: float, smaller: bool
+) -> tuple[Tensor, Tensor]:
+    wide = torch.promote_types(boxes.dtype, torch.float32)
+    return boxes.new_empty(boxes.shape[:2], dtype=torch.bool), boxes.new_empty(boxes.shape, dtype=wide)
+
+
 _OPERATORS: Any = torch.library.Library("detpost", "FRAGMENT")  # type: ignore[no-untyped-call]
-_OPERATORS.define(
-    "native_nms(Tensor boxes, Tensor? scores, Tensor? labels, Tensor? valid, float threshold, bool smaller) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-_OPERATORS.impl("native_nms", keep, "CPU")
-torch.library.register_fake("detpost::native_nms", _keep_fake, lib=_OPERATORS)
+for _schema, _kernel, _fake in (
+    (
+        "native_nms(Tensor boxes, Tensor? scores, Tensor? labels, Tensor? valid, float threshold, bool smaller) "
+        "-> Tensor",
+        keep,
+        _keep_fake,
+    ),
+    (
+        "native_merge(Tensor boxes, Tensor scores, Tensor? labels, Tensor? valid, float threshold, bool smaller) "
+        "-> (Tensor, Tensor)",
+        merge,
+        _merge_fake,
+    ),
+):
+    _name = _OPERATORS.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _OPERATORS.impl(_name, _kernel, "CPU")
+    torch.library.register_fake(f"detpost::{_name}", _fake, lib=_OPERATORS)
