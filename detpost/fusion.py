@@ -140,9 +140,9 @@ def merge(
 ) -> Detections | dict[str, Tensor]:
     """Merge lists of detections that overlap: those of the tiles of an image, or of several models.
 
-    On Detections, shapes depend on shapes alone and nothing is read on the host, so this compiles, exports and is
-    captured. Off the CPU the merging methods take a few dozen operators for each slot: copy Detections of thousands of
-    slots to the CPU first.
+    On Detections, shapes depend on shapes alone and nothing is read on the host, so this compiles, goes through
+    ``torch.export`` and can be captured. Off the CPU the merging methods take a few dozen operators for each slot:
+    copy Detections of thousands of slots to the CPU first.
 
     Args:
         found: the lists, T of them. ``Detections`` of T rows: the tiles of one image. A sequence of T ``Detections``
@@ -224,7 +224,7 @@ def _fused(
     laid: _Laid, weights: Sequence[float], threshold: float, confidence: Confidence, allow_overflow: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Fuse in float64; give where clusters begin (B, N), and there their boxes (B, N, 4) and scores (B, N)."""
-    shares = torch.tensor(weights, dtype=torch.float64, device=laid.scores.device)
+    shares = _constants(weights, torch.float64, laid.scores.device)
     weighted = laid.scores * shares[laid.lists]
     owners, fused, means = kernels.fuse(laid.boxes, weighted, laid.labels, laid.valid, threshold)
     begins = owners == torch.arange(int(owners.shape[1]), device=owners.device)
@@ -275,7 +275,7 @@ def _as_ensemble_boxes(laid: _Laid, weights: Sequence[float], begins: Tensor, fo
     It lists the clusters label by label, labels as they first came, in each as they began; sorts stably; turns round.
     """
     chosen = begins[0].nonzero()[:, 0]  # of equal scores the later boxes first, as clusters of one label begin
-    weighted = (laid.scores * torch.tensor(weights, dtype=torch.float64, device=found.device)[laid.lists]).detach()
+    weighted = (laid.scores * _constants(weights, torch.float64, found.device)[laid.lists]).detach()
     chosen = chosen[weighted[0, chosen].argsort(descending=True, stable=True)]
     kinds, kind = laid.labels[0].unique(return_inverse=True)
     last = int(laid.labels.shape[1]) - 1
@@ -309,8 +309,8 @@ def _lists_of(found: Any) -> tuple[list[Detections], bool]:
     """Give a list of Detections of as many images each, and whether they were dicts."""
     wanted = "found must be Detections, or a sequence of Detections or of dicts with scores, labels and boxes"
     if isinstance(found, Detections):
-        rows = range(int(found.scores.shape[0]))
-        found = [Detections(*(values[row : row + 1] for values in found)) for row in rows]
+        rows = zip(*(torch.split(values, 1) for values in found), strict=True)
+        found = [Detections(*row) for row in rows] if int(found.scores.shape[0]) else []
     elif isinstance(found, (str, Tensor, Mapping)) or not isinstance(found, Sequence):
         raise TypeError(f"{wanted}; got {type(found).__name__}: put what is alone into a list")
     if not found:
@@ -337,8 +337,7 @@ def _laid_out(lists: Sequence[Detections], offsets: Tensor | Sequence[Sequence[f
     """Lay lists of Detections end to end, boxes moved by their offsets."""
     boxes = [image.boxes for image in lists]
     if offsets is not None:
-        device = boxes[0].device
-        moves = offsets if isinstance(offsets, Tensor) else torch.tensor(offsets, dtype=torch.float32, device=device)
+        moves = offsets if isinstance(offsets, Tensor) else _pairs(offsets, boxes[0].device)
         if moves.shape != (len(lists), 2):
             got = tuple(moves.shape)
             raise ValueError(f"offsets must have shape (T, 2) = {(len(lists), 2)}, (x, y) for each list; got {got}")
@@ -353,6 +352,19 @@ def _laid_out(lists: Sequence[Detections], offsets: Tensor | Sequence[Sequence[f
         valid=torch.cat([image.valid for image in lists], dim=1),
         lists=torch.cat(numbers, dim=1),
     )
+
+
+def _pairs(offsets: Sequence[Sequence[float]], device: torch.device) -> Tensor:
+    if isinstance(offsets, str) or not all(len(pair) == 2 for pair in offsets):
+        raise ValueError(f"offsets must have shape (T, 2), (x, y) for each list; got {offsets!r}")
+    return _constants([float(number) for pair in offsets for number in pair], torch.float32, device).view(-1, 2)
+
+
+def _constants(numbers: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Put numbers on a device: (n,). Not by a copy, which waits for a GPU, and which no CUDA graph captures."""
+    if device.type == "cpu":
+        return torch.tensor(numbers, dtype=dtype, device=device)
+    return torch.cat([torch.full((1,), number, dtype=dtype, device=device) for number in numbers])
 
 
 def _best_first(boxes: Tensor, scores: Tensor, labels: Tensor, keep: Tensor) -> Detections:

@@ -423,6 +423,20 @@ def test_compiles_in_one_graph_and_exports(form, method):
     assert_same(Detections(*program.module()(first, second)), expected)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", METHODS)
+def test_is_captured_in_a_cuda_graph(method):
+    (first, second), _ = tiles(11, 2, 4, batch=2)
+    module, given = Merge(method), [Detections(*(v.cuda() for v in found)) for found in (first, second)]
+    for _ in range(2):
+        module(*given)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = module(*given)
+    graph.replay()
+    assert_same(Detections(*(v.cpu() for v in found)), module(first, second))
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_is_pure(purity, method):
     (first, second), _ = tiles(13, 2, 3)
@@ -493,10 +507,12 @@ ONE = {"boxes": BOX, "scores": SCORE, "labels": LABEL}
     ("arguments", "kind", "pattern"),
     [
         ((ONE,), TypeError, "sequence of Detections or of dicts .* got dict: put what is alone into a list"),
+        ((Detections(*(value[:0] for value in tiles(0, 1, 2)[0][0])),), ValueError, "at least one list"),
         (([],), ValueError, "at least one list of detections; got none"),
         (([BOX],), TypeError, "got Tensor"),
         (([{"boxes": BOX}],), TypeError, "got boxes"),
         (([ONE], [(0, 0), (1, 1)]), ValueError, r"offsets must have shape \(T, 2\) = \(1, 2\).* got \(2, 2\)"),
+        (([ONE], [(0, 0, 5)]), ValueError, r"offsets must have shape \(T, 2\)"),
         (([ONE], None, "soft"), ValueError, "method must be one of nms, nmm, wbf; got 'soft'"),
         (([ONE], None, "nms", 2), ValueError, r"threshold must be in \[0, 1\]; got 2"),
         (([ONE], None, "nmm", 0), ValueError, "above 0 with method='nmm'"),
