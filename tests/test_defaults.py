@@ -9,7 +9,17 @@ import pytest
 import torch
 from PIL import Image
 
-from detpost import DecodeSpec, DetectionPostProcessor, Detections, Detector, boxes, losses, metrics, select_top_k
+from detpost import (
+    DecodeSpec,
+    DetectionPostProcessor,
+    Detections,
+    Detector,
+    boxes,
+    fusion,
+    losses,
+    metrics,
+    select_top_k,
+)
 from detpost import nms as suppression
 from detpost.heads import DETRPoseKeypoints, InstanceMasks, OrientedBoxes, RFDETRKeypoints, masks_per_image, to_rle
 from detpost.images import Preprocessing, read_image
@@ -50,6 +60,7 @@ def found(threshold=0.3):
 
 
 FOUND = found()
+CLASSES = [torch.arange(30) % 2] * 2
 
 
 def decode(**fields):
@@ -99,6 +110,10 @@ CALLS = {
     "pose": lambda: DETRPoseKeypoints()(FOUND, POINTS[..., :2], SIZES),
     "keypoints": lambda: RFDETRKeypoints([3, 2, 5])(FOUND, torch.cat((POINTS, POINTS[:, :, :5]), 2), SIZES),
     "oriented": lambda: OrientedBoxes()(FOUND, ANGLED, SIZES),
+    "fusion": lambda: fusion.weighted_boxes(list(BOXES), list(BOXES[..., 0]), CLASSES, [1, 2]),
+    "merging of tiles": lambda: [
+        fusion.merge(FOUND, [(0, 0), (9, 5)], method, 0.3) for method in ("nms", "nmm", "wbf")
+    ],
     "erosion": with_gradient(losses.HausdorffERLoss, PLANES, TARGET),
     "erosion of a volume": with_gradient(losses.HausdorffERLoss3D, VOLUMES, DEEP_TARGET),
     "erosion of float64": with_gradient(losses.HausdorffERLoss, PLANES.double(), TARGET),
@@ -163,7 +178,9 @@ def forget():
 
 
 # What has more than one form goes through each of them.
-FORMED = [name for name in CALLS if name.startswith(("decode", "select", "erosion", "distance"))]
+FORMED = [
+    name for name in CALLS if name.startswith(("decode", "select", "nms", "fusion", "merging", "erosion", "distance"))
+]
 
 
 @pytest.mark.parametrize("default", DEFAULTS)
