@@ -268,11 +268,14 @@ def export(
 
 @app.command()
 def attach(
-    src: Annotated[Path, typer.Argument(help="An ONNX detector that gives logits and boxes.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="File to write.")],
+    src: Annotated[Path, typer.Argument(help="An ONNX detector, with post-processing of its own or without.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="File to write.")] = None,
     preset: Annotated[str, typer.Option(help=PRESET_HELP)] = "rtdetr",
-    logits: Annotated[str | None, typer.Option(help="Name of the logits output; found by its shape.")] = None,
-    boxes: Annotated[str | None, typer.Option(help="Name of the boxes output; found by its shape.")] = None,
+    logits: Annotated[str | None, typer.Option(help="Name of the logits, an output or not; found by itself.")] = None,
+    boxes: Annotated[str | None, typer.Option(help="Name of the boxes, an output or not; found by itself.")] = None,
+    listing: Annotated[
+        bool, typer.Option("--list", help="List what --logits and --boxes may name, write nothing.")
+    ] = False,
     io: Annotated[str, typer.Option(help="Names of inputs and outputs: detpost, rtdetr or efficientnms.")] = "detpost",
     ties: Annotated[str, typer.Option(help="Equal scores: exact in every runtime, or left to the runtime.")] = "exact",
     queries: Annotated[bool, typer.Option(help="Give the query of each detection too.")] = False,
@@ -283,8 +286,15 @@ def attach(
     mean: Annotated[str | None, typer.Option(help="Subtracted from pixels of 0..1, as 0.485,0.456,0.406.")] = None,
     std: Annotated[str | None, typer.Option(help="Divides them then, as 0.229,0.224,0.225.")] = None,
 ) -> None:
-    """Put post-processing behind an ONNX detector that someone else exported."""
+    """Put post-processing behind an ONNX detector that someone else exported, in place of its own if it has any."""
     check_file(src)
+    if listing:
+        from detpost.export.raw_values import list_candidates
+
+        show.print_candidates(list_candidates(src))
+        return
+    if out is None:
+        raise ValueError("no --out: name the file to write, or ask for --list")
     spec = DecodeSpec.preset(preset, **_given(top_k=top_k, score_threshold=score_threshold))
     from detpost.export import attach as attach_file
 

@@ -164,6 +164,15 @@ def print_evaluation(found: Any, per_class: bool) -> None:
         console.print("-1: there is no ground truth of that size", highlight=False)
 
 
+def print_candidates(candidates: Sequence[Any]) -> None:
+    """Print what may be named as raw values, a line each that a shell can take apart."""
+    for candidate in candidates:
+        shape = ", ".join(str(size) for size in candidate.shape)
+        place = "output" if candidate.place == "output" else f"made by {candidate.place}"
+        parts = (candidate.name, f"[{shape}]", candidate.dtype, place, candidate.guess and f"may be {candidate.guess}")
+        console.print("  ".join(filter(None, parts)), highlight=False, markup=False, soft_wrap=True)
+
+
 def print_package(written: Any) -> None:
     """Print what a .pt2 file takes and gives."""
     names = f"inputs {', '.join(written.inputs)}; outputs {', '.join(written.outputs)}"

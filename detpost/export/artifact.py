@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from detpost.export.decode_graph import import_onnx
 from detpost.export.files import write_onnx
 from detpost.export.source import first_line
+from detpost.export.surgery import true_inputs
 from detpost.spec import DecodeSpec, name_of_preset
 
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ def finish(
         path=path,
         opset=opset,
         exporter=exporter,
-        inputs=tuple(value.name for value in model.graph.input),
+        inputs=tuple(value.name for value in true_inputs(model.graph)),
         outputs=tuple(value.name for value in model.graph.output),
         notes=notes,
     )

@@ -217,6 +217,7 @@ def import_onnx() -> Any:
         import onnx.checker
         import onnx.compose
         import onnx.helper
+        import onnx.inliner
         import onnx.shape_inference
         import onnx.version_converter
     except ImportError:

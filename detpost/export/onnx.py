@@ -131,7 +131,7 @@ def to_onnx(
     with evaluating(source.model):
         raw = _export_network(source, opset, exporter, dynamic_batch, dynamic_size, preprocess_inside, say)
     say("attaching the post-processing")
-    attached, _ = attach_graph(
+    attached = attach_graph(
         raw.model,
         source.spec,
         logits="pred_logits",
@@ -144,12 +144,13 @@ def to_onnx(
     metadata = {
         **describe(source.spec, source.class_names, io, ties, keep_raw),
         "exporter": raw.exporter,
+        "raw_values": attached.raw_values,
         "input_size": None if dynamic_size else list(source.image_size),
         "preprocessing": source.preprocessing.to_dict(),
         "preprocess_inside": preprocess_inside,
     }
     say("checking and writing the file")
-    return finish(attached, Path(path), metadata, exporter=raw.exporter, notes=raw.notes)
+    return finish(attached.model, Path(path), metadata, exporter=raw.exporter, notes=raw.notes)
 
 
 def _check_choices(io: str, ties: str, exporter: str, opset: int) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["onnx_example_inputs", "onnx_inputs", "onnx_session"]
+__all__ = ["onnx_inputs", "onnx_session", "onnx_values"]
 
 _DTYPES = {
     "tensor(float)": np.float32,
@@ -67,12 +67,51 @@ def onnx_inputs(session: Any) -> dict[str, tuple[tuple[int | None, ...], Any]]:
     }
 
 
-def onnx_example_inputs(session: Any, batch: int = 1, side: int = 640) -> dict[str, Any]:
-    """Make inputs of the declared shapes and dtypes: free batch and image sizes take the values given."""
-    inputs: dict[str, Any] = {}
-    for value in session.get_inputs():
-        shape = [
-            size if isinstance(size, int) else {0: batch, 1: 3}.get(axis, side) for axis, size in enumerate(value.shape)
-        ]
-        inputs |= {value.name: np.zeros(shape, _DTYPES[value.type])}
-    return inputs
+def onnx_values(model: Any, names: list[str], folder: Path | None = None, side: int = 640) -> dict[str, Any]:
+    """Run a model once on a random image and give values of its main graph, outputs or not.
+
+    Args:
+        model: the ``ModelProto``; unchanged afterwards.
+        names: the values.
+        folder: where its external weights lie.
+        side: size of images where the model leaves it free. Whatever else looks like sizes is filled with it.
+
+    Returns:
+        A NumPy array by name; values that are no tensors are left out.
+
+    Raises:
+        ImportError: onnxruntime is missing; the message names the extra.
+        ValueError: a model that ONNX Runtime does not take or cannot run.
+    """
+    outputs = list(model.graph.output)
+    del model.graph.output[:]
+    try:
+        for name in names:
+            model.graph.output.add(name=name)
+        session = onnx_session(model.SerializeToString(), folder=folder)
+    finally:
+        del model.graph.output[:]
+        model.graph.output.extend(outputs)
+    try:
+        values = session.run(names, _random_inputs(session, side))
+    except Exception as error:
+        raise ValueError(f"ONNX Runtime cannot run the model: {str(error).strip().splitlines()[0]}") from error
+    return {name: value for name, value in zip(names, values, strict=True) if isinstance(value, np.ndarray)}
+
+
+def _random_inputs(session: Any, side: int) -> dict[str, Any]:
+    """Make an image of noise, and for each other input what such inputs hold: sizes, masks of ones, zeros."""
+    generator = np.random.default_rng(0)
+    kinds = onnx_inputs(session)
+    side = max((size or side for shape, _ in kinds.values() if len(shape) == 4 for size in shape[2:]), default=side)
+    free = {2: (1, 2), 4: (1, 3, side, side)}
+
+    def fill(name: str, shape: tuple[int | None, ...], dtype: Any) -> Any:
+        usual = free.get(len(shape), (1, *[side] * len(shape)))
+        sizes = [usual[axis] if size is None else size for axis, size in enumerate(shape)]
+        if len(sizes) == 4:
+            return (generator.random(sizes) * (255 if dtype == np.uint8 else 1)).astype(dtype)
+        is_size = len(sizes) == 2 and sizes[1] == 2
+        return np.full(sizes, side if is_size else "mask" in name.lower(), dtype)
+
+    return {name: fill(name, *kind) for name, kind in kinds.items()}

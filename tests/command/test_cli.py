@@ -12,6 +12,7 @@ import detpost
 from detpost.command.cli import app, main
 from detpost.command.doctor import examine
 from detpost.zoo import sample_images
+from tests.export import exporters
 from tests.export.foreign import foreign, written
 
 
@@ -74,6 +75,22 @@ def test_a_strangers_file_is_attached_to_verified_and_detected_with(tmp_path):
     found = invoke("detect", images, "--model", out, "--out", tmp_path / "found", "--threshold", "0.0")
     assert found.exit_code == 0, found.output
     assert len(json.loads((tmp_path / "found" / "detections.json").read_text())) > 0
+
+
+def test_what_may_be_named_is_listed_and_nothing_written(tmp_path):
+    source = written(tmp_path, exporters.rtdetr())
+    listed = invoke("attach", source, "--list")
+    assert listed.exit_code == 0, listed.output
+    assert f"{exporters.LOGITS}  [N, 20, 7]  float32  made by Slice  may be logits" in listed.output.splitlines()
+    assert f"{exporters.BOXES}  [N, 20, 4]  float32  made by Sigmoid  may be boxes" in listed.output.splitlines()
+    assert [path.name for path in tmp_path.iterdir()] == ["source.onnx"]
+    assert "no --out: name the file to write, or ask for --list" in str(invoke("attach", source).exception)
+
+
+def test_a_file_with_post_processing_says_what_was_cut(tmp_path):
+    attached = invoke("attach", written(tmp_path, exporters.rtdetr()), "-o", tmp_path / "out.onnx", "--top-k", 60)
+    assert attached.exit_code == 0, attached.output
+    assert "outputs labels, boxes, scores; inputs orig_target_sizes" in attached.output
 
 
 @pytest.mark.parametrize("given", ["0.5", "0.5,0.5", "a,b,c", "1,2,3,4"])

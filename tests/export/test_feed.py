@@ -207,3 +207,10 @@ def test_a_file_of_the_first_version_that_says_nothing_of_images_is_refused_in_o
 
 def test_every_preset_says_how_its_detectors_were_trained():
     assert set(_NORMALISATION) == set(presets())
+
+
+def test_what_detpost_recorded_in_a_source_is_kept(tmp_path):
+    first = attach(written(tmp_path, foreign()), tmp_path / "first.onnx", preprocessing=IMAGENET, keep_raw=True)
+    again = attached(tmp_path, first.path, preset="rtdetr")
+    assert preprocessing_of(again.path) == IMAGENET
+    assert any("as the source says" in note for note in again.notes)
