@@ -1,0 +1,45 @@
+"""A level that is asked for is the one that computes: else `make test-processors` would run the same thing again."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from detpost.kernels.cpu import native
+from tests import processor
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_what_computes_is_what_the_environment_asks_for(capfd):
+    assert processor.in_use(lambda: capfd.readouterr().out) == processor.expected(os.environ)
+
+
+@pytest.mark.parametrize("variable", processor.LEVELS)
+def test_each_level_differs_from_the_next_or_is_skipped_with_the_reason(variable):
+    distinct = [value for value in processor.LEVELS[variable] if not processor.skipped(variable, value)]
+    found = [str(processor.expected({variable: value})) for value in distinct]
+    assert len(set(found)) == len(found)
+    assert str(processor.expected({})) not in found
+
+
+def test_levels_that_the_processor_lacks_are_left_out(monkeypatch):
+    monkeypatch.setattr(processor, "widest", lambda: "avx2")
+    if native.missing() is None:
+        assert processor.skipped("DETPOST_NATIVE", "avx512") == "this processor has no AVX-512"
+        assert processor.skipped("DETPOST_NATIVE", "avx2") == "the same as it is"
+        assert processor.skipped("DETPOST_NATIVE", "baseline") is None
+    assert processor.skipped("ONEDNN_MAX_CPU_ISA", "AVX2") == "the same as it is"
+
+
+def test_the_command_lists_every_level_and_leaves_none_unsaid():
+    command = [sys.executable, "scripts/test_processors.py", "--list"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    for variable, values in processor.LEVELS.items():
+        for value in filter(None, values):
+            (said,) = re.findall(rf"^  {variable}={value}  +(.+)$", done.stdout, flags=re.MULTILINE)
+            assert said.startswith(("tests/", "skipped: "))
