@@ -5,7 +5,9 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 KERNELS := $(wildcard detpost/kernels/cpu/*.cpp detpost/kernels/cpu/*.h)
 
-.PHONY: install demo test lint docs bench clean
+OLDEST := .venv-oldest
+
+.PHONY: install demo test test-processors test-oldest test-oldest-fast lint docs bench clean
 
 install: $(STAMP)
 
@@ -25,6 +27,26 @@ demo: $(STAMP)
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --nbmake --nbmake-timeout=300
 
+# Once for each level of instructions and each form of the kernels that this machine has.
+test-processors: $(STAMP)
+	$(BIN)/python scripts/test_processors.py
+
+# The oldest versions that pyproject.toml admits, in an environment of their own.
+$(OLDEST)/.installed: pyproject.toml setup.py scripts/oldest_versions.py $(KERNELS)
+	$(PYTHON) -m venv --clear $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --upgrade pip
+	$(OLDEST)/bin/python scripts/oldest_versions.py > $(OLDEST)/oldest.txt
+	PYTHONWARNINGS='ignore:Editable installation' \
+	$(OLDEST)/bin/python -m pip install --quiet --no-compile -c $(OLDEST)/oldest.txt -e '.[all,dev]'
+	touch $@
+
+test-oldest: $(OLDEST)/.installed
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n auto --dist loadfile --nbmake --nbmake-timeout=300
+
+# Without notebooks and slow tests.
+test-oldest-fast: $(OLDEST)/.installed
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n auto --dist loadfile -m 'not slow' tests detpost
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -39,5 +61,5 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo_out bench_out site
+	rm -rf $(VENV) $(OLDEST) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo_out bench_out site
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
