@@ -158,6 +158,14 @@ class Detections(NamedTuple):
         ]
 
 
+def _replaced(detections: Detections, /, **fields: Tensor) -> Detections:
+    """Return a new Detections with some fields replaced."""
+    return Detections(**{**detections._asdict(), **fields})
+
+
+# torch.compile of PyTorch 2.11 gives an empty tuple for the _replace that a NamedTuple brings, and says nothing.
+Detections._replace = _replaced  # type: ignore[method-assign,assignment]
+
 # Under this name a saved torch.export program finds the type again.
 _register_namedtuple(Detections, serialized_type_name="detpost.Detections")
 
