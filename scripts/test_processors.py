@@ -3,7 +3,7 @@
     python scripts/test_processors.py           # what `make test-processors` does
     python scripts/test_processors.py --list    # what it would run, and what it would skip and why
 
-Each level is a process of its own, which is first asked what computes in it. Exit status 1 if a test fails at any level.
+Each level is a process of its own, and a test in it watches what computes there. Exit status 1 if a test fails at any.
 """
 
 import argparse
@@ -49,6 +49,7 @@ class Level:
 
     @property
     def name(self) -> str:
+        """Give the variables as they are typed."""
         return " ".join(f"{name}={value}" for name, value in self.environment.items()) or "as it is"
 
 
@@ -68,15 +69,14 @@ def run(level: Level) -> tuple[dict[str, int], bool]:
     """Run the tests of a level.
 
     Returns:
-        How many passed, failed and were skipped, and whether the level is sound: nothing failed, and the probe was among
-        what passed.
+        How many passed, failed and were skipped, and whether all is well: nothing failed, and the level took effect.
     """
     environment = {name: value for name, value in os.environ.items() if name not in processor.LEVELS}
     with tempfile.TemporaryDirectory() as folder:
         results = Path(folder) / "results.xml"
         arguments = ["-m", "pytest", "-q", "-r", "fE", "-n", "auto", "--dist", "worksteal", f"--junit-xml={results}"]
         done = subprocess.run(
-            [sys.executable, *arguments, "-m", "not gpu", "tests/test_processor.py", *level.tests],
+            [sys.executable, *arguments, "-m", "not gpu", f"tests/test_processor.py::{PROBE}", *level.tests],
             cwd=ROOT,
             env=environment | {"OMP_NUM_THREADS": "1"} | level.environment,
         )
@@ -91,6 +91,27 @@ def run(level: Level) -> tuple[dict[str, int], bool]:
     return counts, done.returncode == 0 and probed
 
 
+def run_all(chosen: list[Level]) -> int:
+    """Run the levels one after the other, and print a table of them."""
+    width = max(len(level.name) for level in chosen)
+    lines, well, total = [], True, dict.fromkeys(("passed", "failed", "skipped"), 0)
+    for level in chosen:
+        if level.skipped:
+            lines.append(f"{level.name:{width}}  skipped: {level.skipped}")
+            continue
+        print(f"\n--- {level.name}", flush=True)
+        start = time.perf_counter()
+        counts, good = run(level)
+        well = well and good
+        total = {name: total[name] + counts[name] for name in total}
+        told = ", ".join(f"{count} {name}" for name, count in counts.items())
+        took = f"{time.perf_counter() - start:.0f} s"
+        lines.append(f"{level.name:{width}}  {'ok' if good else 'NOT OK'}: {told}, {took}")
+    print("\n" + "\n".join(lines))
+    print(f"{total['passed']} passed, {total['failed']} failed, {total['skipped']} skipped")
+    return 0 if well else 1
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--list", action="store_true", help="say what would run, and run nothing")
@@ -102,23 +123,7 @@ def main() -> int:
     for level in chosen:
         print(f"  {level.name:{width}}  {'skipped: ' + level.skipped if level.skipped else ' '.join(level.tests)}")
     sys.stdout.flush()
-    if arguments.list:
-        return 0
-    lines, sound, total = [], True, dict.fromkeys(("passed", "failed", "skipped"), 0)
-    for level in chosen:
-        if level.skipped:
-            lines.append(f"{level.name:{width}}  skipped: {level.skipped}")
-            continue
-        print(f"\n--- {level.name}", flush=True)
-        start = time.perf_counter()
-        counts, good = run(level)
-        sound = sound and good
-        total = {name: total[name] + counts[name] for name in total}
-        told = ", ".join(f"{count} {name}" for name, count in counts.items())
-        lines.append(f"{level.name:{width}}  {told}  {time.perf_counter() - start:.0f} s{'' if good else '  NOT SOUND'}")
-    print("\n" + "\n".join(lines))
-    print(f"{total['passed']} passed, {total['failed']} failed, {total['skipped']} skipped")
-    return 0 if sound else 1
+    return 0 if arguments.list else run_all(chosen)
 
 
 if __name__ == "__main__":

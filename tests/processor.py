@@ -1,7 +1,7 @@
 """Which instructions and which kernels compute in this process, and which its environment asks for.
 
-Four variables lower what a processor would use by itself. Each is read once, when its library starts, so every level needs a
-process of its own: `make test-processors` makes them.
+Four variables lower what a processor would use by itself. Each is read once, when its library starts, so every level
+needs a process of its own: `make test-processors` makes them.
 """
 
 import re
@@ -101,4 +101,3 @@ def skipped(variable: str, value: str) -> str | None:
     if expected(asked) == expected({}):
         return "the same as it is"
     return None
-

@@ -3,6 +3,7 @@
 import ctypes
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -95,3 +96,23 @@ def test_all_is_what_serves_on_a_plain_machine():
 def test_every_floor_is_stated():
     for requirement in [*PROJECT["dependencies"], *(line for extra in EXTRAS.values() for line in extra)]:
         assert requirement.startswith("detpost[") or re.search(r"[>=]=", requirement), requirement
+
+
+def test_the_oldest_versions_are_the_floors():
+    done = subprocess.run(
+        [sys.executable, "scripts/oldest_versions.py"], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    pins = dict(line.split("==") for line in done.stdout.split())
+    assert {plain(name) for name in pins} == names([*PROJECT["dependencies"], "detpost[all,dev]"])
+    for requirement in [*PROJECT["dependencies"], *EXTRAS["onnx"], *EXTRAS["hf"]]:
+        name, floor = requirement.split(">=")
+        assert pins[name] == floor
+
+
+def test_a_requirement_without_a_floor_is_refused():
+    scripts = runpy.run_path(str(ROOT / "scripts" / "oldest_versions.py"))
+    with pytest.raises(ValueError, match=r"expected NAME>=FLOOR or NAME==VERSION .* got 'numpy'"):
+        scripts["oldest"]({"name": "x", "dependencies": ["numpy"], "optional-dependencies": {}}, ())
+    table = {"name": "x", "dependencies": ["a>=1.9"], "optional-dependencies": {"e": ["x[f]"], "f": ["a>=1.10,<2"]}}
+    assert scripts["oldest"](table, ("e",)) == {"a": "1.10"}

@@ -213,8 +213,8 @@ def overlap(first: Tensor, second: Tensor, smaller: bool = False) -> Tensor:
 
 def _words(mask: Tensor) -> Tensor:
     """Pack (..., 8 n) booleans into (..., n) bytes, the first in the lowest bit."""
-    # Eight bytes of 0 or 1 read as one integer; the product brings byte i to bit 56 + i, with no two in one place. Bytes,
-    # because Inductor of PyTorch 2.11 cannot read booleans as another type.
+    # Eight bytes of 0 or 1 read as one integer; the product brings byte i to bit 56 + i, with no two in one place.
+    # (Bytes first: Inductor of PyTorch 2.11 cannot read booleans as another type.)
     gathered = mask.to(torch.uint8).contiguous().view(torch.int64) * 0x0102040810204080
     return ((gathered >> 56) & 0xFF).to(torch.uint8)
 
