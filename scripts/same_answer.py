@@ -20,11 +20,20 @@ from rich.table import Table
 
 from detpost import DetectionPostProcessor, Detections
 from detpost.export import CudaGraph, compile, open_openvino, open_package, package, to_onnx, to_openvino
-from detpost.export.decode_graph import RuntimeTies
 from detpost.export.runtime import onnx_session
 from detpost.verify.compare import raw_cases
 
 Run = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Detections]
+
+
+class PlainTopK(DetectionPostProcessor):
+    """The same decode with equal scores left to ``torch.topk``."""
+
+    @staticmethod
+    def select_top_k(scores: torch.Tensor, k: int) -> torch.Tensor:
+        """Select as any program would."""
+        return scores.topk(min(k, scores.shape[1]), dim=1).indices
+
 
 # More than eight scores per kept one, so that the group prefilters take part.
 QUERIES, CLASSES = 300, 20
@@ -72,7 +81,7 @@ def differing(run: Run, reference: DetectionPostProcessor) -> tuple[int, int]:
 def measure(preset: str) -> dict[str, dict[str, float]]:
     """Give, for each runtime, the share of slots that agree with eager CPU: detpost's decode, and with plain top-k."""
     rows: dict[str, dict[str, float]] = {}
-    for ties, kind in (("exact", DetectionPostProcessor), ("runtime", RuntimeTies)):
+    for ties, kind in (("exact", DetectionPostProcessor), ("onnx", PlainTopK)):
         exact = DetectionPostProcessor.from_preset(preset)
         with tempfile.TemporaryDirectory() as folder, torch.no_grad():
             for name, run in runtimes(kind(exact.spec), Path(folder), ties, torch.cuda.is_available()):
@@ -112,7 +121,7 @@ def main() -> None:
     rows = measure(arguments.preset)
     table = Table("runtime", "detpost", "plain torch.topk", title="slots that agree with eager CPU")
     for name, shares in rows.items():
-        table.add_row(name, f"{shares['exact']:.2%}", f"{shares['runtime']:.2%}")
+        table.add_row(name, f"{shares['exact']:.2%}", f"{shares['onnx']:.2%}")
     Console().print(table)
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1) + "\n")

@@ -16,7 +16,7 @@ from torchvision.ops import nms as torchvision_nms
 
 import detpost
 from detpost import DecodeSpec, DetectionPostProcessor, Detections
-from detpost.export.decode_graph import export_torchscript
+from detpost.export.torch_exporters import export_torchscript
 from detpost.nms import NonMaximumSuppression, nms
 from tests.mixin import assert_same, one_line
 

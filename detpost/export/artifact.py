@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from detpost.export.decode_graph import import_onnx
 from detpost.export.files import write_onnx
+from detpost.export.graph import import_onnx
 from detpost.export.source import first_line
 from detpost.export.surgery import true_inputs
 from detpost.spec import DecodeSpec, name_of_preset

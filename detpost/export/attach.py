@@ -15,11 +15,11 @@ from detpost.export.decode_graph import (
     IoNames,
     Ties,
     decode_graph,
-    import_onnx,
     io_inputs,
     io_outputs,
 )
 from detpost.export.feed import preprocessing_said, record_feed
+from detpost.export.graph import import_onnx
 from detpost.export.raw_values import RawValues, find_raw_values
 from detpost.export.source import first_line
 from detpost.export.surgery import cut_behind, free_name, rename_values, true_inputs, value_names
@@ -185,6 +185,7 @@ def attach_graph(
     notes = [*notes, *(f"renamed the source's value {old} to {new}" for old, new in renamed.items())]
     raw_names = (renamed.get(raw.logits, raw.logits), renamed.get(raw.boxes, raw.boxes))
 
+    prefix = _free_prefix(model.graph)
     decode = decode_graph(
         spec,
         raw.num_queries,
@@ -194,8 +195,10 @@ def attach_graph(
         ties=ties,
         queries=queries,
         dtypes=raw.dtypes,
+        prefix=prefix,
     )
-    merged = _merge(onnx, model, decode, raw, raw_names, io_inputs(io), sizes, keep_raw)
+    rename_values(decode.graph, {**dict(zip(_RAW_OUTPUTS, raw_names, strict=True)), io_inputs(io): sizes})
+    merged = _merge(onnx, model, decode, raw, raw_names, prefix if keep_raw else None)
     return Attached(merged, tuple(notes), {"logits": raw_names[0], "boxes": raw_names[1]})
 
 
@@ -218,39 +221,37 @@ def _at_least_opset(onnx: Any, source: onnx.ModelProto) -> tuple[onnx.ModelProto
     return converted, [f"converted the source from opset {version} to 17: exact ties need {OLDEST_OPSET} or later"]
 
 
+def _free_prefix(graph: onnx.GraphProto) -> str:
+    """Give a beginning of names that no node and no value of the source has."""
+    taken = value_names(graph) | {node.name for node in graph.node}
+    return next(p for p in (f"detpost{'_' * i}/" for i in range(99)) if not any(name.startswith(p) for name in taken))
+
+
 def _merge(
     onnx: Any,
     model: onnx.ModelProto,
     decode: onnx.ModelProto,
     raw: RawValues,
     raw_names: tuple[str, str],
-    sizes_in_decode: str,
-    sizes: str,
-    keep_raw: bool,
+    raw_prefix: str | None,
 ) -> onnx.ModelProto:
-    """Append the decode graph's nodes to the model's and replace its outputs."""
-    taken = value_names(model.graph)
-    prefix = next(p for p in (f"detpost{'_' * i}/" for i in range(99)) if not any(n.startswith(p) for n in taken))
-    outputs = [value.name for value in decode.graph.output]
-    placed = onnx.compose.add_prefix(decode, prefix)
-    outside = {prefix + inner: outer for inner, outer in zip(_RAW_OUTPUTS, raw_names, strict=True)}
-    outside |= {prefix + sizes_in_decode: sizes} | {prefix + name: name for name in outputs}
-    rename_values(placed.graph, outside)
+    """Append the decode graph's nodes to the model's and replace its outputs.
 
+    ``raw_prefix`` begins the names of the nodes that keep the raw outputs, which are dropped without one.
+    """
     graph = model.graph
-    sizes_input = next(value for value in placed.graph.input if value.name == sizes)
-    final = list(placed.graph.output)
-    graph.input.append(sizes_input)
-    graph.node.extend(placed.graph.node)
-    graph.initializer.extend(placed.graph.initializer)
-    if keep_raw:
+    final = list(decode.graph.output)
+    graph.input.append(decode.graph.input[2])  # the image sizes
+    graph.node.extend(decode.graph.node)
+    graph.initializer.extend(decode.graph.initializer)
+    if raw_prefix is not None:
         shapes, kinds = (raw.logits_shape, raw.boxes_shape), map(_element_type, raw.dtypes)
         for name, source_name, shape, kind in zip(_RAW_OUTPUTS, raw_names, shapes, kinds, strict=True):
-            graph.node.append(onnx.helper.make_node("Identity", [source_name], [name], name=f"{prefix}{name}"))
+            graph.node.append(onnx.helper.make_node("Identity", [source_name], [name], name=f"{raw_prefix}{name}"))
             final.append(onnx.helper.make_tensor_value_info(name, kind, shape))
     del graph.output[:]
     graph.output.extend(final)
-    for value in (*graph.output, next(value for value in graph.input if value.name == sizes)):
+    for value in (*graph.output, graph.input[-1]):
         _set_batch(value, raw.batch)
     own = [entry for entry in model.opset_import if entry.domain in ("", "ai.onnx")]  # others, onnx knows nothing of
     model.ir_version = max(model.ir_version, onnx.helper.find_min_ir_version_for(own))

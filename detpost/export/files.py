@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from detpost.export.decode_graph import import_onnx
+from detpost.export.graph import import_onnx
 from detpost.export.weights import load_weights, move_weights_out, weights_size
 
 if TYPE_CHECKING:

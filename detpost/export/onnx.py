@@ -18,12 +18,11 @@ from detpost.export.decode_graph import (
     IoNames,
     Ties,
     decode_graph,
-    export_torchscript,
-    import_onnx,
-    quiet_exporter,
 )
+from detpost.export.graph import import_onnx
 from detpost.export.runtime import onnx_session
 from detpost.export.source import ExportSource, evaluating, first_line
+from detpost.export.torch_exporters import export_torchscript, quiet_exporter
 from detpost.images import Preprocessing
 from detpost.postprocess import DetectionPostProcessor, raw_outputs
 from detpost.spec import DecodeSpec
@@ -83,7 +82,7 @@ def to_onnx(
             ``orig_target_sizes`` as (width, height); ``labels``, ``boxes``, ``scores``); ``"efficientnms"`` gives
             ``num_dets`` (B, 1) int32, ``det_boxes``, ``det_scores`` and ``det_classes`` (B, K) int32.
         ties: ``"exact"`` resolves equal scores in the graph, so that every runtime chooses the same;
-            ``"runtime"`` leaves them to the runtime's TopK.
+            ``"onnx"`` leaves them to ONNX's promise that TopK takes the lower index first, in a third of the nodes.
         queries: whether ``queries`` (B, K) int64 is an output too.
         keep_raw: whether ``pred_logits`` and ``pred_boxes`` are outputs too.
         preprocessing: for a plain module, how images become its input; recorded in the file.

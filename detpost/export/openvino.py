@@ -16,8 +16,8 @@ from typing import Any
 from torch import nn
 
 from detpost.export.artifact import read_metadata
-from detpost.export.decode_graph import import_onnx
 from detpost.export.files import replace_when_whole
+from detpost.export.graph import import_onnx
 from detpost.export.onnx import Progress, to_onnx
 from detpost.export.source import first_line
 from detpost.spec import DecodeSpec

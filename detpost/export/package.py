@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from detpost.export.artifact import describe
-from detpost.export.decode_graph import quiet_exporter
 from detpost.export.files import replace_when_whole
 from detpost.export.onnx import Progress
 from detpost.export.source import ExportSource, evaluating, first_line
+from detpost.export.torch_exporters import quiet_exporter
 from detpost.images import Preprocessing
 from detpost.postprocess import DetectionPostProcessor, DetectorModule
 from detpost.spec import DecodeSpec

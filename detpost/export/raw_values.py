@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from detpost.export.decode_graph import import_onnx
+from detpost.export.graph import import_onnx
 from detpost.export.inside import find_inside, values_in_tail
 from detpost.export.runtime import onnx_values
 from detpost.export.source import first_line

@@ -10,7 +10,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from detpost.export.decode_graph import import_onnx
+from detpost.export.graph import import_onnx
 from detpost.export.source import first_line
 
 if TYPE_CHECKING:

@@ -7,9 +7,9 @@ import torch
 
 from detpost import DecodeSpec, DetectionPostProcessor
 from detpost.export import package, to_onnx, to_openvino
-from detpost.export.decode_graph import RuntimeTies
 from detpost.verify import verify
 from detpost.verify.compare import raw_cases
+from scripts.same_answer import PlainTopK
 
 
 class Wrong(DetectionPostProcessor):
@@ -39,7 +39,7 @@ def test_every_planted_fault_is_found(fault):
 
 
 def test_a_runtimes_ties_are_found_and_the_exact_ones_pass():
-    assert not verify(RuntimeTies(DecodeSpec()), "rtdetr", num_queries=300, num_classes=20).ok
+    assert not verify(PlainTopK(DecodeSpec()), "rtdetr", num_queries=300, num_classes=20).ok
     assert verify(DetectionPostProcessor(DecodeSpec()), "rtdetr", num_queries=30, num_classes=20).ok
 
 
