@@ -105,6 +105,8 @@ def _convert(openvino: Any, source: Path, path: Path, notes: tuple[str, ...], sa
         model = openvino.convert_model(source)
     except Exception as error:
         raise ValueError(f"OpenVINO does not take the graph: {first_line(error)}") from error
+    if metadata["ties"] == "onnx":
+        _keep_the_promise_of_ties(openvino, model)
     say("writing the file")
     _write_pair(openvino, model, path, metadata)
     return OpenVinoExport(
@@ -114,6 +116,24 @@ def _convert(openvino: Any, source: Path, path: Path, notes: tuple[str, ...], sa
         outputs=tuple(value.get_any_name() for value in model.outputs),
         notes=notes,
     )
+
+
+def _keep_the_promise_of_ties(openvino: Any, model: Any) -> None:
+    """Make the decode's TopK take the lower index first, as ONNX says: OpenVINO does so where told to alone."""
+    for node in model.get_ops():
+        if node.get_type_name() == "TopK" and node.get_friendly_name().startswith("detpost"):
+            said = node.get_attributes()
+            stable = openvino.opset11.topk(
+                *(node.input_value(i) for i in (0, 1)),
+                axis=said["axis"],
+                mode=said["mode"],
+                sort=said["sort"],
+                index_element_type=said["index_element_type"],
+                stable=True,
+            )
+            stable.set_friendly_name(node.get_friendly_name())
+            for place in (0, 1):
+                node.output(place).replace(stable.output(place))
 
 
 def _onnx_metadata(source: Path) -> dict[str, Any]:
@@ -255,6 +275,7 @@ def open_openvino(path: str | Path) -> OpenVinoModel:
 def _import_openvino() -> Any:
     try:
         import openvino
+        import openvino.opset11
     except ImportError:
         raise ImportError("OpenVINO export needs openvino: pip install 'detpost[openvino]'") from None
     return openvino

@@ -99,12 +99,12 @@ def test_a_mean_that_is_not_three_numbers_is_refused(tmp_path, given):
     assert f"--mean must be three numbers with commas between them; got '{given}'" in str(refused.exception)
 
 
-def test_an_export_that_leaves_ties_to_the_runtime_is_caught(tmp_path):
-    for ties in ("exact", "onnx"):
-        out = tmp_path / f"{ties}.onnx"
-        invoke("export", "post", "-o", out, "--num-queries", 300, "--num-classes", 8, "--ties", ties)
-    assert invoke("verify", tmp_path / "exact.onnx", "rtdetr").exit_code == 0
-    assert invoke("verify", tmp_path / "runtime.onnx", "rtdetr").exit_code == 1
+def test_an_export_of_another_decode_is_caught(tmp_path):
+    for preset in ("rtdetr", "rfdetr"):
+        out = tmp_path / f"{preset}.onnx"
+        invoke("export", "post", "-o", out, "--preset", preset, "--num-queries", 300, "--num-classes", 8)
+    assert invoke("verify", tmp_path / "rtdetr.onnx", "rtdetr").exit_code == 0
+    assert invoke("verify", tmp_path / "rfdetr.onnx", "rtdetr").exit_code == 1
 
 
 def test_doctor_says_what_is_there_and_how_to_get_the_rest(monkeypatch):

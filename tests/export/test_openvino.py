@@ -53,6 +53,12 @@ class TestPostProcessor:
         to_openvino(post, tmp_path / "post.xml", num_queries=20, num_classes=11, queries=True)
         assert_exact(open_openvino(tmp_path / "post.xml").run, post, (1, 2, 3, 8), 20, 11)
 
+    def test_ties_that_are_left_to_onnx_go_by_the_lower_index_here_too(self, tmp_path):
+        post = DetectionPostProcessor.from_preset("rtdetr", top_k=30)
+        options = {"num_queries": 60, "num_classes": 20, "queries": True, "ties": "onnx"}
+        to_openvino(post, tmp_path / "post.xml", **options)
+        assert_exact(open_openvino(tmp_path / "post.xml").run, post, (1, 3), 60, 20)
+
     def test_answers_of_an_earlier_run_stay(self, tmp_path):
         post = DetectionPostProcessor(SPEC)
         to_openvino(post, tmp_path / "post.xml", num_queries=20, num_classes=CLASSES)
