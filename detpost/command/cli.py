@@ -207,7 +207,7 @@ def export(
     out: Annotated[Path, typer.Option("--out", "-o", help="File to write.")],
     preset: Annotated[str | None, typer.Option(help=PRESET_HELP)] = None,
     io: Annotated[str, typer.Option(help="Names of inputs and outputs: detpost, rtdetr or efficientnms.")] = "detpost",
-    ties: Annotated[str, typer.Option(help="Equal scores: exact in every runtime, or left to onnx and its promise.")] = "exact",
+    ties: Annotated[str, typer.Option(help="Equal scores: exact in every runtime, or left to onnx.")] = "exact",
     size: Annotated[str | None, typer.Option(help="Network input as HEIGHTxWIDTH; the model's own by default.")] = None,
     queries: Annotated[bool, typer.Option(help="Give the query of each detection too.")] = False,
     keep_raw: Annotated[bool, typer.Option(help="Give pred_logits and pred_boxes too.")] = False,
@@ -277,7 +277,7 @@ def attach(
         bool, typer.Option("--list", help="List what --logits and --boxes may name, write nothing.")
     ] = False,
     io: Annotated[str, typer.Option(help="Names of inputs and outputs: detpost, rtdetr or efficientnms.")] = "detpost",
-    ties: Annotated[str, typer.Option(help="Equal scores: exact in every runtime, or left to onnx and its promise.")] = "exact",
+    ties: Annotated[str, typer.Option(help="Equal scores: exact in every runtime, or left to onnx.")] = "exact",
     queries: Annotated[bool, typer.Option(help="Give the query of each detection too.")] = False,
     keep_raw: Annotated[bool, typer.Option(help="Keep the raw outputs as pred_logits and pred_boxes.")] = False,
     top_k: Annotated[int | None, typer.Option(help="Most detections per image.")] = None,

@@ -78,9 +78,9 @@ def decode_graph(
     """
     decode = _Decode(Graph(opset, prefix), spec, num_queries, num_classes, ties)
     g = decode.g
-    found = decode.found(_widened(g, "pred_logits", dtypes[0]))
+    found = decode.found(_widened(g, "pred_logits", dtypes[0], (num_queries, num_classes)))
     valid = decode.valid(found)
-    boxes = decode.boxes(found, valid, _widened(g, "pred_boxes", dtypes[1]), io)
+    boxes = decode.boxes(found, valid, _widened(g, "pred_boxes", dtypes[1], (num_queries, 4)), io)
     names = io_outputs(io, queries)
     values = [decode.output(name, found, valid, boxes) for name in names]
     g.rename(dict(zip(values, names, strict=True)))
@@ -288,8 +288,14 @@ def _positive(g: Graph, scores: Value) -> Value:
     return g.node("Where", g.node("Equal", scores, scores), scores, -1.0)
 
 
-def _widened(g: Graph, value: Value, dtype: torch.dtype) -> Value:
-    return value if dtype == torch.float32 else g.cast(value, "FLOAT")
+def _widened(g: Graph, value: Value, dtype: torch.dtype, shape: tuple[int, int]) -> Value:
+    """Convert an output of the network (B, *shape) to float32, after it was rounded to what it is."""
+    if dtype == torch.float32:
+        return value
+    with g.part("inputs"):
+        # ONNX Runtime computes many half-precision operators in float32 and joins their last cast with one that follows,
+        # so that the values were not those that the network gives. A reshape that changes nothing keeps them apart.
+        return g.cast(g.reshape(value, [0, *shape]), "FLOAT")
 
 
 def _corners(g: Graph, sides: Value, spec: DecodeSpec) -> Value:

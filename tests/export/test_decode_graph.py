@@ -17,6 +17,7 @@ from onnx.reference.op_run import OpRun
 from detpost import DecodeSpec, DetectionPostProcessor, boxes, presets
 from detpost.export import decode_graph as module
 from detpost.export import operators, selection_graph
+from detpost.export.attach import attach_graph
 from detpost.export.decode_graph import decode_graph
 from detpost.reference import softmax
 from detpost.selection import best_class, select_stable_sort
@@ -284,6 +285,28 @@ class TestSameAnswer:
             logits = logits.to(torch.float16)
             found = run(as_feed(logits.to(dtype), corners, sizes))
             assert_same(found, expected(spec, logits, corners, sizes), spec, seed)
+
+    @pytest.mark.parametrize("preset", ["rtdetr", "owlvit"])
+    def test_a_half_precision_network_is_decoded_from_what_it_gives(self, preset):
+        # ONNX Runtime computes these sigmoids in float32, and would compare what they were before they were rounded.
+        kind = onnx.TensorProto.FLOAT16
+        names = {"logits": 6, "boxes": 4}
+        graph = onnx.helper.make_graph(
+            [onnx.helper.make_node("Sigmoid", [f"raw_{name}"], [name]) for name in names],
+            "a half-precision network",
+            [onnx.helper.make_tensor_value_info(f"raw_{name}", kind, ["n", 20, size]) for name, size in names.items()],
+            [onnx.helper.make_tensor_value_info(name, kind, ["n", 20, size]) for name, size in names.items()],
+        )
+        network = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8)
+        spec = DecodeSpec.preset(preset, top_k=40)
+        run = in_onnx_runtime(attach_graph(network, spec, keep_raw=True, queries=True)[0])
+        for seed in range(20):
+            values = np.random.default_rng(seed)
+            feed = {f"raw_{name}": values.normal(size=(2, 20, size)).astype(np.float16) for name, size in names.items()}
+            sizes = values.integers(10, 900, (2, 2))
+            found = run({**feed, "image_sizes": sizes})
+            raw = [torch.from_numpy(found[name]) for name in ("pred_logits", "pred_boxes")]
+            assert_same(found, expected(spec, *raw, torch.from_numpy(sizes)), spec, seed)
 
     @pytest.mark.parametrize("opset", [11, 12, 13, 18, 21])
     @pytest.mark.parametrize("head", ["raised", "per query", "detr", "softmax, flat, background"])
