@@ -293,8 +293,8 @@ def _widened(g: Graph, value: Value, dtype: torch.dtype, shape: tuple[int, int])
     if dtype == torch.float32:
         return value
     with g.part("inputs"):
-        # ONNX Runtime computes many half-precision operators in float32 and joins their last cast with one that follows,
-        # so that the values were not those that the network gives. A reshape that changes nothing keeps them apart.
+        # ONNX Runtime computes many half-precision operators in float32 and joins their last cast with one behind it:
+        # the values were not those that the network gives. A reshape that changes nothing keeps the casts apart.
         return g.cast(g.reshape(value, [0, *shape]), "FLOAT")
 
 
