@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from detpost import boxes as box_ops
 from detpost import kernels
 from detpost.detections import Detections
-from detpost.selection import best_class, greatest, select_top_k
+from detpost.reference import softmax
+from detpost.reference.derivatives import wants_derivative
+from detpost.selection import best_class, select_top_k
 from detpost.spec import DecodeSpec
 
 __all__ = ["DetectionPostProcessor", "DetectorModule", "raw_outputs"]
@@ -192,8 +194,11 @@ def decode_plainly(
     Returns:
         The detections, differentiable in logits and boxes.
     """
-    queries, labels = _select(logits, spec, select_top_k)  # (B, K) each
-    scores, is_number = _scores(logits, queries, labels, spec)
+    queries, labels, keys = _select(logits, spec, select_top_k)  # (B, K) each
+    # A key is NaN for the background, for a NaN logit and, of softmax, for every class of a query that has one.
+    is_number = ~keys.isnan()
+    score = _sigmoid_scores if spec.activation == "sigmoid" else _softmax_scores
+    scores = score(logits, queries, labels, keys, is_number)
 
     corners = box_ops.convert(_take(boxes, queries).to(_at_least_float32(boxes)), spec.box_format, "xyxy")
     if image_sizes is not None:
@@ -211,84 +216,48 @@ def decode_plainly(
     )
 
 
-def _select(logits: Tensor, spec: DecodeSpec, top_k: Callable[[Tensor, int], Tensor]) -> tuple[Tensor, Tensor]:
-    """Choose the kept (query, class) pairs: two tensors (B, K), int64."""
+def _select(logits: Tensor, spec: DecodeSpec, top_k: Callable[[Tensor, int], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Choose the kept pairs: queries and labels (B, K), int64, and the keys that they stand in the order of (B, K)."""
     batch, queries, classes = logits.shape
     rows = logits.detach()
-    keys = rows if spec.activation == "sigmoid" else _log_softmax(rows.to(torch.float64)).to(_at_least_float32(rows))
+    keys = rows if spec.activation == "sigmoid" else softmax.scores(rows)  # (B, Q, C)
     if spec.background != "none":
         # NaN is never ahead of a number and never valid: just what the channel that means "no object" should be.
         channel = torch.arange(classes, device=logits.device)
         is_background = channel == _background_channel(spec, classes)
         rows, keys = torch.where(is_background, math.nan, rows), torch.where(is_background, math.nan, keys)
     if spec.selection == "flat":
-        flat = top_k(keys.reshape(batch, queries * classes), spec.top_k)
-        return flat // classes, flat % classes
-    # By the logits and not the keys: far below the background, log-probabilities round two classes to one number.
+        keys = keys.reshape(batch, queries * classes)
+        flat = top_k(keys, spec.top_k)
+        return flat // classes, flat % classes, keys.gather(1, flat)
+    # By the logits and not the keys: far below the background, all of a query's scores are 0.
     best = best_class(rows)  # (B, Q)
-    order = top_k(keys.gather(2, best.unsqueeze(-1)).squeeze(-1), spec.top_k)
-    return order, best.gather(1, order)
+    keys = keys.gather(2, best.unsqueeze(-1)).squeeze(-1)
+    order = top_k(keys, spec.top_k)
+    return order, best.gather(1, order), keys.gather(1, order)
 
 
 def _background_channel(spec: DecodeSpec, classes: int) -> int:
     return {"none": -1, "first": 0, "last": classes - 1}[spec.background]
 
 
-def _scores(logits: Tensor, queries: Tensor, labels: Tensor, spec: DecodeSpec) -> tuple[Tensor, Tensor]:
-    """Score the kept pairs: scores (B, K), and whether each is a number (B, K)."""
+def _sigmoid_scores(logits: Tensor, queries: Tensor, labels: Tensor, keys: Tensor, is_number: Tensor) -> Tensor:
+    """Score the kept pairs (B, K), 0 where they are no number; the logits are gathered again for their gradient."""
     batch, query_count, classes = logits.shape
-    is_object = labels != _background_channel(spec, classes)
+    flat = logits.reshape(batch, query_count * classes).gather(1, queries * classes + labels)
     # NaN is replaced before the activation, not after: a gradient through the unused side of a where is still 0 * NaN.
-    if spec.activation == "sigmoid":
-        flat = logits.reshape(batch, query_count * classes).gather(1, queries * classes + labels)
-        is_number = is_object & ~flat.isnan()
-        safe = torch.where(is_number, flat, 0.0).to(_scoring_dtype(logits))
-        return safe.sigmoid().to(_at_least_float32(logits)), is_number
-    rows = _take(logits, queries)  # (B, K, C)
-    is_nan = rows.isnan().any(dim=-1, keepdim=True)  # one NaN leaves no class of its query with a probability
-    # The same sums in the same precision as the keys that the order came from, so scores never rise down the list.
-    values = _log_softmax(torch.where(is_nan, 0.0, rows).to(torch.float64)).gather(2, labels.unsqueeze(-1)).squeeze(-1)
-    keys = values.to(_at_least_float32(logits))
-    return keys.to(torch.float64).exp().to(keys.dtype), is_object & ~is_nan.squeeze(-1)
+    return torch.where(is_number, flat, 0.0).to(_scoring_dtype(logits)).sigmoid().to(_at_least_float32(logits))
 
 
-def _log_softmax(logits: Tensor) -> Tensor:
-    """Logarithm of the softmax over the last dimension, with limits where torch gives NaN.
-
-    In float64, so that runtimes whose ``exp`` differs in the last bit still give the same float32 number. A row's +inf
-    entries share all the probability, -inf entries have none, and a NaN makes the row NaN.
-    """
-    peak = greatest(logits.detach())
-    is_peak = logits == peak
-    # inf - inf would be NaN: where the peak is infinite, its own entries stand at 0 and the others at -inf.
-    shifted = torch.where(
-        peak.isinf(), torch.where(is_peak, 0.0, -math.inf), logits - torch.where(peak.isinf(), 0.0, peak)
-    )
-    # The peaks count apart from the rest, so that probabilities beside 1 keep their order when doubles are computed as
-    # floats, as OpenVINO does; there a sum depends on its order too, and an exponential below 1e-38 is flushed to zero.
-    terms = shifted.exp()
-    count = torch.where(is_peak, terms, 0.0).sum(dim=-1, keepdim=True)  # each is 1, and has a gradient
-    rest = _sum_in_order(torch.where(is_peak, 0.0, terms)) / count
-    total = count.log() + _log1p(torch.where(rest < 1e-37, 0.0, rest))
-    is_lowest = logits.isinf() & (logits < 0)  # not `== -inf`: OpenVINO makes another number of a double's -inf
-    values = torch.where(is_lowest, -math.inf, shifted - total)
-    # Said outright: not every runtime's max hands a NaN on, and the -inf above would pass for a number.
-    return torch.where(logits.isnan().any(dim=-1, keepdim=True), math.nan, values)
-
-
-def _sum_in_order(values: Tensor) -> Tensor:
-    """Sum over the last dimension, kept; exported, from the greatest down, so equal sets of terms sum equally."""
-    terms = values.topk(values.shape[-1], dim=-1).values if torch.onnx.is_in_onnx_export() else values
-    return terms.sum(dim=-1, keepdim=True)
-
-
-def _log1p(values: Tensor) -> Tensor:
-    """Logarithm of 1 + values, values >= 0; exported as Kahan's quotient, since ONNX has but ``Log(1 + x)``."""
-    if not torch.onnx.is_in_onnx_export():
-        return values.log1p()
-    rounded = 1 + values
-    added = rounded - 1  # what of `values` the sum kept; the logarithm is stretched by what it lost
-    return torch.where(added == 0, values, rounded.log() * (values / torch.where(added == 0, 1.0, added)))
+def _softmax_scores(logits: Tensor, queries: Tensor, labels: Tensor, keys: Tensor, is_number: Tensor) -> Tensor:
+    """Score the kept pairs (B, K), 0 where they are no number: by the keys, which have no gradient of their own."""
+    scores = torch.where(is_number, keys, 0.0)
+    if logits.dtype != torch.float64 and not wants_derivative(logits):
+        return scores
+    scores = softmax.with_slope(scores, _take(logits, queries), labels)
+    # Two float64 scores that are nearer than the keys can tell may stand in the other order: the later reads as the
+    # earlier, so that scores never rise.
+    return scores.cummin(dim=1).values if logits.dtype == torch.float64 and scores.shape[1] else scores
 
 
 def _take(values: Tensor, queries: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ from detpost.kernels.triton.select import (
     partial_selection,
     score_of,
 )
+from detpost.reference.softmax import limbs
 from detpost.spec import DecodeSpec
 
 __all__ = ["decode", "supported"]
@@ -81,7 +82,8 @@ def decode(logits: Tensor, boxes: Tensor, image_sizes: Tensor | None, spec: Deco
 
     Returns:
         Detections with the indices, labels and validity of the plain decode to the bit. Sigmoid scores are computed in
-        float64 and rounded, as there: logits that are equal score alike.
+        float64 and rounded, as there: logits that are equal score alike. Softmax scores are those of
+        :mod:`detpost.reference.softmax` to the bit.
     """
     classes = logits.shape[2]
     sizes = flat(boxes if image_sizes is None else image_sizes)
@@ -124,6 +126,7 @@ def _decode(
         labels = torch.empty((batch, queries), dtype=torch.int32, device=device)
         width = power_of_two(classes)
         tile = max(1, _TILE // width)
+        bits, limb_count = limbs(classes)
         wrap_triton(_query_kernel)[(-(-batch * queries // tile),)](
             logits,
             rows,
@@ -135,6 +138,8 @@ def _decode(
             PER_QUERY=per_query,
             QUERIES=tile,
             CLASSES=width,
+            BITS=bits,
+            LIMBS=limb_count,
             num_warps=max(4, width // 512),  # 16 logits for a thread
         )
         background = -1  # its keys are NaN already
@@ -190,17 +195,19 @@ def _query_kernel(
     PER_QUERY: tl.constexpr,
     QUERIES: tl.constexpr,
     CLASSES: tl.constexpr,
+    BITS: tl.constexpr,
+    LIMBS: tl.constexpr,
 ):
-    """Make the key of each query, or of each pair: a logit, or a log-probability computed in float64."""
+    """Make the key of each query, or of each pair: a logit, or a probability."""
     row = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)[:, None]
     channel = tl.arange(0, CLASSES)[None, :]
     inside = (row < rows) & (channel < classes)
     place = row.to(tl.int64) * classes + channel
     logits = tl.load(logits_ptr + place, mask=inside, other=float("-inf")).to(tl.float32)
-    keys = _log_softmax(logits, inside) if SOFTMAX else logits
+    keys = _softmax_scores(logits, inside, BITS, LIMBS) if SOFTMAX else logits
     is_candidate = inside & (channel != background)
     if PER_QUERY:
-        # Among the logits: far below the background, log-probabilities round two classes to one number.
+        # Among the logits: far below the background, all of a query's probabilities are 0.
         is_candidate = is_candidate & (logits == logits)
         numbers = tl.where(is_candidate, logits, float("-inf"))
         is_best = is_candidate & (numbers == tl.max(numbers, axis=1)[:, None])
@@ -215,19 +222,45 @@ def _query_kernel(
 
 
 @jit
-def _log_softmax(logits, inside):
-    """Logarithm of the softmax along the rows, with the limits that the plain decode gives infinite logits and NaN."""
-    values = logits.to(tl.float64)
+def _softmax_scores(logits, inside, BITS: tl.constexpr, LIMBS: tl.constexpr):
+    """Score along the rows in the arithmetic of :mod:`detpost.reference.softmax`, to the bit; NaN where a row has one.
+
+    The tables are computed: float64's exponential is right far beyond the places that float32 keeps of it.
+    """
     is_nan = inside & (logits != logits)
-    numbers = tl.where(is_nan, float("-inf"), logits)
-    peak = tl.max(numbers, axis=1)[:, None].to(tl.float64)
-    is_infinite = (peak == float("inf")) | (peak == float("-inf"))
-    limits = tl.where(values == peak, 0.0, float("-inf"))
-    shifted = tl.where(is_infinite, limits, values - tl.where(is_infinite, 0.0, peak))
-    total = tl.sum(tl.where(inside, tl.exp(shifted), 0.0), axis=1)[:, None]
-    result = tl.where(values == float("-inf"), float("-inf"), shifted - tl.log(total))
+    numbers = tl.where(inside & (logits == logits), logits, float("-inf"))
+    peak = tl.max(numbers, axis=1)[:, None]
+    peak = tl.where(peak == float("-inf"), 0.0, peak)
+    gap = tl.where(numbers == peak, 0.0, peak - numbers)  # inf - inf would be NaN
+    steps = tl.minimum(gap * 4194304.0, 268435456.0).to(tl.int32)
+    coarse = tl.exp(-0.0625 * (steps >> 18).to(tl.float64)).to(tl.float32)
+    coarse = tl.where(steps == 268435456, 0.0, coarse)
+    fine = tl.exp(-0.000244140625 * ((steps >> 10) & 255).to(tl.float64)).to(tl.float32)
+    rest = coarse * fine * (1.0 - (steps & 1023).to(tl.float32) * 2.384185791015625e-07)
+    weights = rest
+    # As many limbs as a sum needs; those that it does not are 0, and change nothing.
+    first, rest = _limb(rest, BITS)
+    second = tl.zeros_like(first)
+    third = tl.zeros_like(first)
+    fourth = tl.zeros_like(first)
+    if LIMBS > 1:
+        second, rest = _limb(rest, BITS)
+    if LIMBS > 2:
+        third, rest = _limb(rest, BITS)
+    if LIMBS > 3:
+        fourth, rest = _limb(rest, BITS)
+    unit: tl.constexpr = 2.0**-BITS
+    total = tl.maximum((first + (second + (third + fourth * unit) * unit) * unit) * unit, 1.0)[:, None]
     has_nan = tl.max(is_nan.to(tl.int32), axis=1)[:, None] > 0
-    return tl.where(has_nan, float("nan"), result.to(tl.float32))
+    return tl.where(has_nan, float("nan"), weights * tl.div_rn(tl.full(total.shape, 1.0, tl.float32), total))
+
+
+@jit
+def _limb(rest, BITS: tl.constexpr):
+    """Cut the next BITS bits off the weights: the sum of them along the rows, exact in any order, and what is left."""
+    scaled = rest * 2.0**BITS
+    limb = tl.floor(scaled)
+    return tl.sum(limb, axis=1), scaled - limb
 
 
 @jit
@@ -285,7 +318,7 @@ def _decode_kernel(
         query = index // classes
         label = index % classes
     value = score_of(packed)
-    score = _probability(value, SOFTMAX)
+    score = value if SOFTMAX else _sigmoid(value)
     valid = (value == value) & (score > threshold)
     out = image * count + slot
     tl.store(scores_ptr + out, tl.where(valid, score, 0.0), mask=is_kept)
@@ -309,11 +342,9 @@ def _decode_kernel(
 
 
 @jit
-def _probability(value, SOFTMAX: tl.constexpr):
+def _sigmoid(value):
     """Score in float64, rounded to float32 at the end."""
-    wide = value.to(tl.float64)
-    result = tl.exp(wide) if SOFTMAX else 1.0 / (1.0 + tl.exp(-wide))
-    return result.to(tl.float32)
+    return (1.0 / (1.0 + tl.exp(-value.to(tl.float64)))).to(tl.float32)
 
 
 @jit
