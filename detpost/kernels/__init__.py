@@ -5,8 +5,8 @@ The environment variable ``DETPOST_KERNEL`` forces one:
 
 - ``native``: the C++ kernels, on the CPU. The default there, where they were built.
 - ``numpy``: NumPy, for the decode on the CPU. The default there otherwise.
-- ``triton``: the Triton kernels. The default on CUDA, where a first trial of them agrees with PyTorch's own operators;
-  on the CPU under ``TRITON_INTERPRET=1`` alone, for tests.
+- ``triton``: the Triton kernels. The default on CUDA, where a trial of what is about to run agrees with PyTorch's own
+  operators; on the CPU under ``TRITON_INTERPRET=1`` alone, for tests.
 - ``aten``: PyTorch's own operators, everywhere.
 
 Whatever a form does not take (float64, gradients through the decode, another device) goes the plain way, and so does
@@ -19,6 +19,7 @@ import functools
 import importlib.util
 import os
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,7 +58,7 @@ def kind_for(device: str) -> str:
         device: ``"cpu"``, ``"cuda"`` or another type of device.
 
     Returns:
-        One of ``KERNELS``.
+        One of ``KERNELS``; ``triton`` serves where its trial passes.
 
     Raises:
         ValueError: ``DETPOST_KERNEL`` holds something else.
@@ -79,21 +80,49 @@ def _kind_for(forced: str, device: str) -> str:
             return "triton" if os.environ.get("TRITON_INTERPRET") == "1" else "aten"
         return forced or ("native" if native.missing() is None else "numpy")
     if device == "cuda" and forced == "":
-        return "triton" if importlib.util.find_spec("triton") is not None and _triton_agrees(device) else "aten"
+        return "triton" if importlib.util.find_spec("triton") is not None else "aten"
     return "triton" if device == "cuda" and forced == "triton" else "aten"
 
 
-@functools.cache
-def _triton_agrees(device: str) -> bool:
-    from torch.utils._python_dispatch import _disable_current_modes
+# What was tried of the Triton kernels in this process, and whether it was found right.
+_TRIED: dict[tuple[Any, ...], bool] = {}
 
-    from detpost.kernels.triton import trial as triton_check
 
-    with _disable_current_modes():  # real tensors, whatever the caller traces
-        reason = triton_check.disagreement(device)
-    if reason is not None:
-        warnings.warn(f"detpost computes without its Triton kernels: {reason}", stacklevel=2)
-    return reason is None
+def _passes_trial(device: str, trial: str, *arguments: Any) -> bool:
+    """Whether the Triton kernels agree with PyTorch on what ``trial`` tries: once in a process."""
+    key = (device, trial, *arguments)
+    if key not in _TRIED:
+        from torch.utils._python_dispatch import _disable_current_modes
+
+        from detpost.kernels.triton import trial as triton_trial
+
+        with _disable_current_modes():  # real tensors, whatever the caller traces
+            reason = getattr(triton_trial, trial)(device, *arguments)
+        if reason is not None:
+            warnings.warn(f"detpost computes without its Triton kernels: {reason}", stacklevel=2)
+        _TRIED[key] = reason is None
+    return _TRIED[key]
+
+
+def _triton_serves(device: torch.device, trial: str, *arguments: Any) -> bool:
+    """Whether a Triton kernel may run here: tried on what it is about to run on, or forced."""
+    if torch.compiler.is_compiling():
+        constant: bool = _constant_triton_serves(device.type, trial, *arguments)
+        return constant
+    if os.environ.get(_VARIABLE) == "triton":
+        return True
+    if (
+        device.type == "cuda"
+        and torch.cuda.is_current_stream_capturing()
+        and (device.type, trial, *arguments) not in _TRIED
+    ):
+        return False  # while a CUDA graph is captured nothing can be tried
+    return _passes_trial(device.type, trial, *arguments)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _constant_triton_serves(device: str, trial: str, *arguments: Any) -> bool:
+    return os.environ.get(_VARIABLE) == "triton" or _passes_trial(device, trial, *arguments)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -106,11 +135,8 @@ def _kind_of(device: torch.device) -> str:
     if torch.compiler.is_compiling():  # looked up once, without following the environment and the file system
         constant: str = _constant_kind_for(device.type)
         return constant
-    if device.type == "cuda":
-        if device.index not in (None, torch.cuda.current_device()):
-            return "aten"  # Triton launches on the current GPU
-        if torch.cuda.is_current_stream_capturing() and not _triton_agrees.cache_info().currsize:
-            return "aten"  # while a CUDA graph is captured nothing can be tried
+    if device.type == "cuda" and device.index not in (None, torch.cuda.current_device()):
+        return "aten"  # Triton launches on the current GPU
     return kind_for(device.type)
 
 
@@ -183,7 +209,10 @@ def select(scores: Tensor, k: int) -> Tensor | None:
     if kind == "triton":
         from detpost.kernels.triton import select as by_triton
 
-        return by_triton.select(scores, k) if by_triton.supported(scores, k) else None
+        if not by_triton.supported(scores, k):
+            return None
+        serves = _triton_serves(scores.device, "selection", scores.dtype, min(k, scores.shape[1]))
+        return by_triton.select(scores, k) if serves else None
     return None
 
 
@@ -215,8 +244,14 @@ def decode(logits: Tensor, boxes: Tensor, image_sizes: Tensor | None, spec: Deco
     if kind == "triton":
         from detpost.kernels.triton import decode as by_triton
 
-        takes = by_triton.supported(logits, boxes, image_sizes, spec)
-        return by_triton.decode(logits, boxes, image_sizes, spec) if takes else None
+        if not by_triton.supported(logits, boxes, image_sizes, spec):
+            return None
+        sizes = None if image_sizes is None else image_sizes.dtype
+        candidates = logits.shape[1] * (logits.shape[2] if spec.selection == "flat" else 1)
+        tried = (logits.dtype, boxes.dtype, sizes, min(spec.top_k, candidates))
+        choices = (spec.activation, spec.selection, spec.background, spec.box_format, spec.clip)
+        serves = _triton_serves(logits.device, "decode", *tried, *choices)
+        return by_triton.decode(logits, boxes, image_sizes, spec) if serves else None
     return None
 
 
@@ -225,7 +260,9 @@ def for_losses(values: Tensor) -> str:
     if values.dtype == torch.float64 or _writes_a_graph() or wants_other_derivatives():
         return "aten"
     kind = _kind_of(values.device)
-    return kind if kind in ("native", "triton") else "aten"
+    if kind == "triton":
+        return kind if _triton_serves(values.device, "losses") else "aten"
+    return kind if kind == "native" else "aten"
 
 
 def nms(
