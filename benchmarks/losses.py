@@ -7,7 +7,7 @@ from torch import Tensor
 
 from benchmarks.inputs import ROTATED, Case, Size, backward, blobs, is_installed, no_grad, with_kernel
 
-__all__ = ["distances", "erosions", "trade_off", "transforms"]
+__all__ = ["distances", "erosions", "trade_off", "transforms", "transforms_of_noise"]
 
 
 def _class_inputs(shape: Size, device: str) -> tuple[list[Tensor], list[Tensor]]:
@@ -52,6 +52,23 @@ def transforms(shape: Size, device: str) -> dict[str, Case]:
     masks = [blobs((1, 1, *shape), seed, device) > 0.4 for seed in range(ROTATED)]
     own = no_grad(lambda i: distance_transform_edt(masks[i]))
     contenders: dict[str, Case] = {"detpost": own, "detpost (aten)": with_kernel("aten", own)}
+    if is_installed("scipy"):
+        from scipy import ndimage
+
+        arrays = [mask[0, 0].cpu().numpy() for mask in masks]
+        contenders |= {"scipy": lambda i: ndimage.distance_transform_edt(arrays[i])}
+    return contenders
+
+
+def transforms_of_noise(shape: Size, device: str) -> dict[str, Case]:
+    """The same on noise, whose nearest zeros are all at hand: what suits scipy best."""
+    from detpost.losses import distance_transform_edt
+
+    masks = [
+        (torch.rand(1, 1, *shape, generator=torch.Generator().manual_seed(seed)) > 0.5).to(device)
+        for seed in range(ROTATED)
+    ]
+    contenders: dict[str, Case] = {"detpost": no_grad(lambda i: distance_transform_edt(masks[i]))}
     if is_installed("scipy"):
         from scipy import ndimage
 

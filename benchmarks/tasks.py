@@ -103,6 +103,7 @@ def _kinds(device: str) -> tuple[_Kind, ...]:
         _Kind("HausdorffERLoss forward + backward", EROSION_SIZES, losses.erosions, with_memory=True),
         _Kind("HausdorffDTLoss forward + backward", distance_sizes, losses.distances, with_memory=True),
         _Kind("distance_transform_edt", TRANSFORM_SIZES, losses.transforms),
+        _Kind("distance_transform_edt, noise", ((96, 96, 96),), losses.transforms_of_noise),
     )
     return shared if gpu else (*shared, *_on_the_cpu())
 

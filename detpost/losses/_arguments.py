@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -12,6 +13,12 @@ from detpost import kernels
 from detpost.kernels.cpu import native
 
 REDUCTIONS = ("mean", "sum", "none")
+# Side lengths of an element: one number, one per spatial axis, or a sequence of these for each image.
+Spacing: TypeAlias = float | Sequence[float] | Sequence[Sequence[float]]
+
+
+class ShapeMismatchError(ValueError, AssertionError):
+    """Shapes that do not belong together; an ``AssertionError`` too, as MONAI raises it."""
 
 
 def check_reduction(reduction: str) -> None:
@@ -86,3 +93,27 @@ def spacing_per_axis(spacing: float | Sequence[float] | None, axes: int) -> tupl
     if not all(math.isfinite(step) and step > 0 for step in steps):
         raise ValueError(f"spacing must be positive and finite; got {steps}: pass the voxel's side lengths")
     return steps
+
+
+def spacings(spacing: Spacing | None, images: int, axes: int) -> tuple[tuple[float, ...], ...]:
+    """Read ``spacing`` as one positive number per spatial axis: once for all images, or for each where they differ."""
+    given: Any = _listed(spacing)
+    if not isinstance(given, list | tuple) or not any(isinstance(_listed(part), list | tuple) for part in given):
+        return (spacing_per_axis(given, axes),)
+    if len(given) != images:
+        raise ValueError(f"spacing must hold one sequence for each image ({images}); got {len(given)}")
+    each = tuple(spacing_per_axis(_listed(part), axes) for part in given)
+    return each[:1] if len(set(each)) == 1 else each
+
+
+def _listed(value: Any) -> Any:
+    """Turn what an array or a tensor holds into lists and numbers."""
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def by_image(function: Callable[..., Tensor], each: tuple[tuple[float, ...], ...], *batches: Tensor) -> Tensor:
+    """Call ``function(*batches, spacing)``, image by image where these have spacings of their own."""
+    if len(each) == 1:
+        return function(*batches, each[0])
+    parts = [function(*(batch[i : i + 1] for batch in batches), spacing) for i, spacing in enumerate(each)]
+    return torch.cat(parts)

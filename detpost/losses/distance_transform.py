@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any, overload
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from detpost import kernels
 from detpost.kernels.cpu import native
-from detpost.losses._arguments import exporting, spacing_per_axis
+from detpost.losses._arguments import Spacing, by_image, exporting, spacings
 from detpost.reference import distance as reference
 
 
-def distance_transform_edt(mask: Tensor, spacing: float | Sequence[float] | None = None) -> Tensor:
+@overload
+def distance_transform_edt(mask: Tensor, spacing: Spacing | None = None) -> Tensor: ...
+@overload
+def distance_transform_edt(mask: NDArray[Any], spacing: Spacing | None = None) -> NDArray[np.float32]: ...
+def distance_transform_edt(mask: Tensor | NDArray[Any], spacing: Spacing | None = None) -> Tensor | NDArray[np.float32]:
     """Exact Euclidean distance of every element to the nearest zero of its own image and channel.
 
     The squared distance separates over the axes: along one, ``D(i)`` is the minimum over ``j`` of
@@ -29,15 +35,17 @@ def distance_transform_edt(mask: Tensor, spacing: float | Sequence[float] | None
     first element along the first spatial axis, at index (-1, 0, 0) or (-1, 0).
 
     Args:
-        mask: (B, C, H, W) or (B, C, D, H, W) of any dtype; an element is inside where it is not zero.
+        mask: (B, C, H, W) or (B, C, D, H, W) of any dtype, a tensor or a NumPy array; an element is inside where it is
+            not zero.
         spacing: side lengths of an element, one number or one per spatial axis in the order of the axes, in the unit
-            that the distances shall have. ``None`` counts in elements.
+            that the distances shall have; or a sequence of these for each image. ``None`` counts in elements.
 
     Returns:
-        Distances in the unit of ``spacing``, float32, of the shape of ``mask`` and on its device. No gradient flows.
+        Distances in the unit of ``spacing``, float32, of the shape of ``mask``: a tensor on its device, or an array for
+        an array. No gradient flows.
 
     Raises:
-        TypeError: ``mask`` is not a tensor.
+        TypeError: ``mask`` is neither a tensor nor an array.
         ValueError: ``mask`` has another rank or a side of length 0, or ``spacing`` does not fit its axes.
 
     Example:
@@ -48,15 +56,22 @@ def distance_transform_edt(mask: Tensor, spacing: float | Sequence[float] | None
         >>> distance_transform_edt(mask, spacing=(2.0, 0.5))[0, 0, 1]
         tensor([2.0000, 2.0616, 2.2361])
     """
+    if isinstance(mask, np.ndarray):
+        return distance_transform_edt(torch.from_numpy(np.ascontiguousarray(mask != 0)), spacing).numpy()
     if not isinstance(mask, Tensor):
-        raise TypeError(f"mask must be a torch.Tensor; got {type(mask).__name__}: convert it with torch.as_tensor")
+        raise TypeError(f"mask must be a torch.Tensor or an array; got {type(mask).__name__}: use torch.as_tensor")
     if mask.dim() not in (4, 5) or 0 in mask.shape[2:]:
         raise ValueError(f"mask must be (B, C, H, W) or (B, C, D, H, W) with sides >= 1; got {tuple(mask.shape)}")
-    steps = spacing_per_axis(spacing, mask.dim() - 2)
+    each = spacings(spacing, mask.shape[0], mask.dim() - 2)
     with torch.no_grad():
-        squared, unit = squared_distance(mask != 0, steps)
-        squared = torch.where(torch.isinf(squared), _squared_distance_to_virtual_zero(squared, steps, unit), squared)
-        return squared.sqrt() * unit
+        return by_image(_distance, each, mask != 0)
+
+
+def _distance(inside: Tensor, spacing: tuple[float, ...]) -> Tensor:
+    """Distance to the nearest False; where a field has none, to the virtual one."""
+    squared, unit = squared_distance(inside, spacing)
+    squared = torch.where(torch.isinf(squared), _squared_distance_to_virtual_zero(squared, spacing, unit), squared)
+    return squared.sqrt() * unit
 
 
 def squared_distance(inside: Tensor, spacing: tuple[float, ...]) -> tuple[Tensor, float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,7 +12,15 @@ from torch import Tensor, nn
 
 from detpost import kernels
 from detpost.kernels.cpu import native
-from detpost.losses._arguments import check_floating, check_reduction, class_numbers, spacing_per_axis
+from detpost.losses._arguments import (
+    ShapeMismatchError,
+    Spacing,
+    by_image,
+    check_floating,
+    check_reduction,
+    class_numbers,
+    spacings,
+)
 from detpost.losses.distance_transform import boundary_distance
 
 
@@ -27,7 +35,7 @@ def hausdorff_dt_loss(
     other_act: Callable[[Tensor], Tensor] | None = None,
     reduction: str = "mean",
     batch: bool = False,
-    spacing: float | Sequence[float] | None = None,
+    spacing: Spacing | None = None,
 ) -> Tensor:
     """Hausdorff loss that weighs the squared error with the distances to both boundaries.
 
@@ -50,7 +58,8 @@ def hausdorff_dt_loss(
         other_act: apply this to ``input``.
         reduction: ``"mean"`` or ``"sum"`` over images and classes, or ``"none"``.
         batch: take the mean over the batch together with the elements.
-        spacing: side lengths of an element, one number or one per spatial axis; ``None`` counts distances in elements.
+        spacing: side lengths of an element, one number or one per spatial axis, or a sequence of these for each image;
+            ``None`` counts distances in elements.
 
     Returns:
         A scalar, or (B, C, 1, ...) for ``"none"``, (1, C, 1, ...) with ``batch``; float64 for float64, else float32.
@@ -59,8 +68,9 @@ def hausdorff_dt_loss(
 
     Raises:
         TypeError: an argument is not a tensor, or ``other_act`` is not callable.
-        ValueError: rank, shape, a class id, or an argument is not as above. On an accelerator an id out of range is
-            an asynchronous device-side assertion instead; an exported graph does not look.
+        ValueError: rank, shape, a class id, or an argument is not as above; shapes that do not belong together are an
+            ``AssertionError`` too, as in MONAI. On an accelerator an id out of range is an asynchronous device-side
+            assertion instead; an exported graph does not look.
 
     Example:
         >>> target = torch.nn.functional.pad(torch.ones(1, 1, 4, 4), (1, 1, 1, 1))
@@ -72,7 +82,7 @@ def hausdorff_dt_loss(
     """
     _check_options(sigmoid, softmax, other_act, reduction)
     _check_input(input)
-    steps = spacing_per_axis(spacing, input.dim() - 2)
+    each = spacings(spacing, input.shape[0], input.dim() - 2)
     wants_slope_of_target = torch.is_grad_enabled() and isinstance(target, Tensor) and target.requires_grad
     by_kernel = kernels.for_losses(input) == "native" and not wants_slope_of_target
     # The kernel takes the sigmoid along, so that no tensor is kept for it.
@@ -82,11 +92,13 @@ def hausdorff_dt_loss(
     values, truth = _without_background(values, truth, include_background)
     if truth.shape != values.shape:
         fix = "pass class ids with to_onehot_y=True, or one channel per class"
-        raise ValueError(f"target must have input's shape {tuple(input.shape)}; got {tuple(target.shape)}: {fix}")
+        came = tuple(target.shape)
+        raise ShapeMismatchError(f"target must have input's shape {tuple(input.shape)}; got {came}: {fix}")
     if by_kernel:
-        error: Tensor = _NativeWeightedError.apply(values, truth, steps, alpha, sigmoid)[0]
+        apply = _NativeWeightedError.apply
+        error = by_image(lambda v, t, steps: apply(v, t, steps, alpha, sigmoid)[0], each, values, truth)
     else:
-        error = _weighted_error(values, truth, steps, alpha)
+        error = by_image(lambda v, t, steps: _weighted_error(v, t, steps, alpha), each, values, truth)
     loss = error.mean(0, keepdim=True) if batch else error
     return loss if reduction == "none" else loss.sum() if reduction == "sum" else loss.mean()
 
@@ -102,7 +114,7 @@ def log_hausdorff_dt_loss(
     other_act: Callable[[Tensor], Tensor] | None = None,
     reduction: str = "mean",
     batch: bool = False,
-    spacing: float | Sequence[float] | None = None,
+    spacing: Spacing | None = None,
 ) -> Tensor:
     """Logarithm of one plus :func:`hausdorff_dt_loss`, taken after the reduction, as ``monai.losses`` does.
 
@@ -117,7 +129,7 @@ def log_hausdorff_dt_loss(
         other_act: apply this to ``input``.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
         batch: take the mean over the batch together with the elements.
-        spacing: side lengths of an element, one number or one per spatial axis.
+        spacing: side lengths of an element, one number or one per spatial axis, or a sequence of these for each image.
 
     Returns:
         As :func:`hausdorff_dt_loss`.
@@ -159,7 +171,7 @@ class HausdorffDTLoss(nn.Module):
         other_act: apply this to the input.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
         batch: take the mean over the batch together with the elements.
-        spacing: side lengths of an element, one number or one per spatial axis.
+        spacing: side lengths of an element, one number or one per spatial axis, or a sequence of these for each image.
 
     Raises:
         TypeError: ``other_act`` is not callable.
@@ -183,7 +195,7 @@ class HausdorffDTLoss(nn.Module):
         other_act: Callable[[Tensor], Tensor] | None = None,
         reduction: str = "mean",
         batch: bool = False,
-        spacing: float | Sequence[float] | None = None,
+        spacing: Spacing | None = None,
     ) -> None:
         super().__init__()
         _check_options(sigmoid, softmax, other_act, reduction)
@@ -238,7 +250,7 @@ class LogHausdorffDTLoss(HausdorffDTLoss):
         other_act: apply this to the input.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
         batch: take the mean over the batch together with the elements.
-        spacing: side lengths of an element, one number or one per spatial axis.
+        spacing: side lengths of an element, one number or one per spatial axis, or a sequence of these for each image.
 
     Raises:
         TypeError: ``other_act`` is not callable.
@@ -289,7 +301,7 @@ def _one_hot(target: Tensor, values: Tensor) -> Tensor:
     expected = (values.shape[0], 1, *values.shape[2:])
     if tuple(target.shape) != expected:
         fix = "leave to_onehot_y out for a target that is one-hot already, or bring both to one size"
-        raise ValueError(f"target must be class ids of shape {expected}; got {tuple(target.shape)}: {fix}")
+        raise ShapeMismatchError(f"target must be class ids of shape {expected}; got {tuple(target.shape)}: {fix}")
     ids = target.long()
     numbers = class_numbers(ids, classes).reshape(1, -1, *[1] * (values.dim() - 2))
     return (ids == numbers).to(values.dtype)

@@ -22,7 +22,12 @@ def hausdorff_er_loss(pred: Tensor, target: Tensor, alpha: float = 2.0, k: int =
     the mean over an element and its direct neighbours. Each erosion is stretched to [0, 1] as ``b_i``, and the loss
     sums ``i**alpha * b_i``: thick errors survive more erosions and weigh more (Karimi and Salcudean, "Reducing the
     Hausdorff distance in medical image segmentation with convolutional neural networks", 2019, equations 9 and 10).
-    Values and gradients are those of ``kornia.losses.HausdorffERLoss``.
+    Values are those of ``kornia.losses.HausdorffERLoss``, and so are gradients wherever these do not hang on rounding.
+
+    Elements that tie for a field's minimum, maximum or threshold up to rounding share its gradient equally, whatever
+    the processor. That is within 8 rounding steps (``eps``; 10 in 3-D) of the dilation, by which the sums of two
+    elements can be off, and half the error of the erosion before over its range, which a mean of neighbours leaves of
+    it when it is stretched.
 
     Args:
         pred: (B, C, H, W) probabilities of any floating dtype, after softmax. Half precision is computed in float32.

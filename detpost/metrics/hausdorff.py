@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
-from detpost.losses._arguments import spacing_per_axis
+from detpost.losses._arguments import Spacing, by_image, spacings
 from detpost.losses.distance_transform import squared_distance
 
 
 def hausdorff_distance(
-    a: Tensor, b: Tensor, percentile: float | None = None, spacing: float | Sequence[float] | None = None
+    a: Tensor | NDArray[Any],
+    b: Tensor | NDArray[Any],
+    percentile: float | None = None,
+    spacing: Spacing | None = None,
+    ignore_index: int | None = None,
 ) -> Tensor:
     """Hausdorff distance between the boundaries of two masks, per image and channel.
 
@@ -25,18 +31,20 @@ def hausdorff_distance(
     asked for), and a percentile of 0 means the maximum.
 
     Args:
-        a: (B, C, H, W) or (B, C, D, H, W) mask; an element is inside where it is not zero.
+        a: (B, C, H, W) or (B, C, D, H, W) mask, a tensor or a NumPy array; an element is inside where it is not zero.
         b: mask of the same shape and device.
         percentile: in [0, 100], interpolated linearly; 95 gives HD95. ``None`` takes the maximum.
-        spacing: side lengths of an element, one number or one per spatial axis, in the unit of the result; ``None``
-            counts in elements.
+        spacing: side lengths of an element, one number or one per spatial axis, in the unit of the result, or a
+            sequence of these for each image; ``None`` counts in elements.
+        ignore_index: channel of a class that is left out: elements that ``b`` gives it count in no channel, and the
+            channel itself reads nan.
 
     Returns:
         (B, C) float32, in the unit of ``spacing``.
 
     Raises:
-        TypeError: a mask is not a tensor.
-        ValueError: rank, shapes, percentile or spacing are not as above.
+        TypeError: a mask is neither a tensor nor an array.
+        ValueError: rank, shapes, percentile, spacing or ignore_index are not as above.
 
     Example:
         >>> a = torch.zeros(1, 1, 8, 8, dtype=torch.bool)
@@ -48,15 +56,30 @@ def hausdorff_distance(
         >>> hausdorff_distance(a, b, percentile=50, spacing=0.5)
         tensor([[0.7500]])
     """
+    a, b = _as_tensor(a), _as_tensor(b)
     _check_masks(a, b)
     if percentile is not None and not 0 <= percentile <= 100:
         raise ValueError(f"percentile must be between 0 and 100, or None for the maximum; got {percentile}")
-    steps = spacing_per_axis(spacing, a.dim() - 2)
+    if ignore_index is not None and not 0 <= ignore_index < a.shape[1]:
+        raise ValueError(f"ignore_index must be a channel in [0, {a.shape[1]}); got {ignore_index}")
+    each = spacings(spacing, a.shape[0], a.dim() - 2)
     with torch.no_grad():
-        edges_a, edges_b = _boundary(a != 0), _boundary(b != 0)
-        forward = _directed(edges_a, edges_b, percentile, steps)
-        backward = _directed(edges_b, edges_a, percentile, steps)
-        return torch.maximum(forward, backward)  # nan if either is
+        inside_a, inside_b = a != 0, b != 0
+        if ignore_index is not None:
+            counted = ~inside_b[:, ignore_index : ignore_index + 1]
+            inside_a, inside_b = inside_a & counted, inside_b & counted
+        edges_a, edges_b = _boundary(inside_a), _boundary(inside_b)
+        found = by_image(lambda one, other, steps: _undirected(one, other, percentile, steps), each, edges_a, edges_b)
+        if ignore_index is None:
+            return found
+        channel = torch.arange(a.shape[1], device=a.device)
+        return torch.where(channel == ignore_index, torch.nan, found)
+
+
+def _undirected(edges_a: Tensor, edges_b: Tensor, percentile: float | None, spacing: tuple[float, ...]) -> Tensor:
+    """Greater of the two directed distances: (B, C)."""
+    forward = _directed(edges_a, edges_b, percentile, spacing)
+    return torch.maximum(forward, _directed(edges_b, edges_a, percentile, spacing))  # nan if either is
 
 
 def _directed(source: Tensor, goal: Tensor, percentile: float | None, spacing: tuple[float, ...]) -> Tensor:
@@ -100,10 +123,15 @@ def _boundary(inside: Tensor) -> Tensor:
     return inside & ~interior
 
 
+def _as_tensor(mask: Tensor | NDArray[Any]) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(mask != 0)) if isinstance(mask, np.ndarray) else mask
+
+
 def _check_masks(a: Tensor, b: Tensor) -> None:
     for name, mask in (("a", a), ("b", b)):
         if not isinstance(mask, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor; got {type(mask).__name__}: use torch.as_tensor")
+            kind = type(mask).__name__
+            raise TypeError(f"{name} must be a torch.Tensor or an array; got {kind}: use torch.as_tensor")
     if a.dim() not in (4, 5) or 0 in a.shape[2:]:
         raise ValueError(f"masks must be (B, C, H, W) or (B, C, D, H, W) with sides >= 1; got {tuple(a.shape)}")
     if a.shape != b.shape:

@@ -1,5 +1,3 @@
-import time
-
 import numpy as np
 import pytest
 import torch
@@ -102,9 +100,11 @@ class TestDistanceTransform(OperatorTests):
         return [
             ((mask[0],), ValueError, r"mask must be .* got \(1, 4, 4\)"),
             ((mask[..., :0],), ValueError, "sides >= 1"),
-            ((mask.numpy(),), TypeError, "got ndarray: convert it with torch.as_tensor"),
+            ((mask.tolist(),), TypeError, "got list: use torch.as_tensor"),
             ((mask, (1.0, 1.0, 1.0)), ValueError, r"one per spatial axis \(2\); got 3"),
             ((mask, (1.0, -1.0)), ValueError, "positive and finite"),
+            ((mask, [(1.0, 1.0)] * 2), ValueError, r"one sequence for each image \(1\); got 2"),
+            ((mask, [(1.0, 1.0, 1.0)]), ValueError, r"one per spatial axis \(2\); got 3"),
         ]
 
     def test_gradcheck(self):
@@ -112,16 +112,22 @@ class TestDistanceTransform(OperatorTests):
         assert not distance_transform_edt(mask).requires_grad
 
 
-@pytest.mark.slow
-@pytest.mark.peers
-def test_not_slower_than_scipy_on_volumes_of_noise():
-    mask = torch.rand(1, 1, 96, 96, 96) > 0.5
-    ours, theirs = [], []
-    for _ in range(3):
-        start = time.perf_counter()
-        distance_transform_edt(mask)
-        middle = time.perf_counter()
-        ndimage.distance_transform_edt(mask[0, 0].numpy())
-        ours.append(middle - start)
-        theirs.append(time.perf_counter() - middle)
-    assert min(ours) < 2 * min(theirs)
+@pytest.mark.parametrize("form", [list, np.array, torch.tensor], ids=["lists", "array", "tensor"])
+def test_each_image_has_its_own_spacing_where_it_is_given(form):
+    mask = torch.rand(3, 2, 6, 7) < 0.8
+    mask[0, 0] = True  # to the virtual zero
+    each = [(0.5, 2.0), (1.0, 1.0), (30.0, 4.0)]
+    expected = torch.cat([distance_transform_edt(mask[i : i + 1], steps) for i, steps in enumerate(each)])
+    assert torch.equal(distance_transform_edt(mask, form(each)), expected)
+    same = distance_transform_edt(mask, [(0.5, 2.0)] * 3)
+    assert torch.equal(same, distance_transform_edt(mask, (0.5, 2.0)))
+    assert torch.equal(same, distance_transform_edt(mask, form((0.5, 2.0))))
+
+
+@pytest.mark.parametrize("dtype", [np.bool_, np.uint8, np.float64, np.int16])
+def test_an_array_gives_an_array(dtype):
+    mask = (np.random.default_rng(0).random((2, 1, 9, 8)) < 0.7).astype(dtype)[..., ::-1]
+    found = distance_transform_edt(mask, 2.0)
+    assert isinstance(found, np.ndarray)
+    assert found.dtype == np.float32
+    np.testing.assert_array_equal(found, distance_transform_edt(torch.from_numpy(mask.copy()), 2.0).numpy())

@@ -89,6 +89,44 @@ def test_spacing_measures_the_distances_in_its_unit():
     torch.testing.assert_close(actual, expected)
 
 
+@pytest.mark.parametrize("options", [{}, {"sigmoid": True}, {"reduction": "none", "include_background": True}], ids=str)
+def test_each_image_has_its_own_spacing_where_it_is_given(options):
+    pred, target = torch.rand(3, 3, 6, 5, 7), masks((6, 5, 7))[:3]
+    each = [(0.5, 2.0, 1.0), (1.0, 1.0, 1.0), (3.0, 0.2, 4.0)]
+    by_mean = "reduction" not in options
+    for dtype in (torch.float32, torch.float64):
+        single = [
+            value_and_gradient(HausdorffDTLoss(spacing=steps, **options), pred[i : i + 1].to(dtype), target[i : i + 1])
+            for i, steps in enumerate(each)
+        ]
+        value, gradient = value_and_gradient(HausdorffDTLoss(spacing=each, **options), pred.to(dtype), target)
+        values = [one for one, _ in single]
+        torch.testing.assert_close(value, torch.stack(values).mean() if by_mean else torch.cat(values))
+        gradients = torch.cat([one for _, one in single])
+        torch.testing.assert_close(gradient, gradients / 3 if by_mean else gradients)
+
+
+def test_one_graph_with_a_spacing_for_each_image():
+    torch._dynamo.reset()
+    loss = LogHausdorffDTLoss(spacing=[(0.5, 2.0), (1.0, 3.0)])
+    pred, target = torch.rand(2, 3, 6, 5), masks((6, 5))[:2]
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(value_and_gradient(compiled, pred, target), value_and_gradient(loss, pred, target))
+
+
+@pytest.mark.peers
+def test_shapes_that_do_not_fit_are_an_assertion_error_as_in_monai():
+    monai = pytest.importorskip("monai.losses")
+    pred, ids = torch.rand(2, 3, 4, 5), torch.zeros(2, 2, 4, 5)
+    for options in ({}, {"to_onehot_y": True}):
+        with pytest.raises(AssertionError):
+            monai.HausdorffDTLoss(**options)(pred, ids)
+        for kind in (AssertionError, ValueError):
+            with pytest.raises(kind) as error:
+                HausdorffDTLoss(**options)(pred, ids)
+            one_line(error)
+
+
 def test_functions_are_the_modules():
     pred, ids = torch.randn(2, 3, 8, 9), torch.randint(3, (2, 1, 8, 9))
     options = {"softmax": True, "to_onehot_y": True, "reduction": "none", "spacing": (1.0, 2.0), "batch": True}

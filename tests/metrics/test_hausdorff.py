@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -39,6 +40,34 @@ def test_percentile_of_a_large_boundary_equals_monai():
     torch.testing.assert_close(hausdorff_distance(a, b, 95), expected)
 
 
+@pytest.mark.peers
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("form", [list, np.array])
+def test_a_spacing_for_each_image_is_monais(form):
+    monai = pytest.importorskip("monai.metrics")
+    a, b = torch.rand(3, 2, 9, 7) < 0.1, torch.rand(3, 2, 9, 7) < 0.1
+    each = [[0.5, 2.0], [1.0, 1.0], [3.0, 0.2]]
+    for percentile in (None, 95):
+        options = {"percentile": percentile, "spacing": form(each)}
+        expected = monai.compute_hausdorff_distance(a.float(), b.float(), include_background=True, **options)
+        torch.testing.assert_close(hausdorff_distance(a, b, **options), expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(hausdorff_distance(a.numpy(), b.numpy()), hausdorff_distance(a, b))
+
+
+@pytest.mark.peers
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_an_ignored_class_is_left_out_as_in_monai():
+    monai = pytest.importorskip("monai.metrics")
+    a, b = (torch.nn.functional.one_hot(torch.randint(4, (2, 9, 8)), 4).movedim(-1, 1) for _ in range(2))
+    for ignored in range(4):
+        metric = monai.HausdorffDistanceMetric(include_background=True, reduction="none", ignore_index=ignored)
+        expected = metric(a.float(), b.float())
+        actual = hausdorff_distance(a, b, ignore_index=ignored)
+        assert actual[:, ignored].isnan().all()
+        torch.testing.assert_close(actual, expected, equal_nan=True)
+    assert not hausdorff_distance(a, b).isnan().any()
+
+
 def test_empty_masks_give_what_the_docstring_states():
     empty, full = torch.zeros(1, 1, 4, 4), torch.ones(1, 1, 4, 4)
     assert hausdorff_distance(empty, empty).isnan()
@@ -62,7 +91,8 @@ def test_is_one_graph():
         ((torch.ones(1, 1, 4, 4), torch.ones(1, 2, 4, 4)), ValueError, "one shape"),
         ((torch.ones(1, 1, 4, 4), torch.ones(1, 1, 4, 4), 101), ValueError, "between 0 and 100"),
         ((torch.ones(1, 1, 4, 4), torch.ones(1, 1, 4, 4), None, (1.0, 1.0, 1.0)), ValueError, "spatial axis"),
-        ((torch.ones(1, 1, 4, 4).numpy(), torch.ones(1, 1, 4, 4)), TypeError, "ndarray"),
+        ((torch.ones(1, 1, 4, 4).tolist(), torch.ones(1, 1, 4, 4)), TypeError, "got list"),
+        ((torch.ones(1, 2, 4, 4), torch.ones(1, 2, 4, 4), None, None, 2), ValueError, r"in \[0, 2\); got 2"),
     ],
 )
 def test_bad_input_is_one_clear_line(arguments, kind, pattern):
