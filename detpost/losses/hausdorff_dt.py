@@ -68,9 +68,9 @@ def hausdorff_dt_loss(
 
     Raises:
         TypeError: an argument is not a tensor, or ``other_act`` is not callable.
-        ValueError: rank, shape, a class id, or an argument is not as above; shapes that do not belong together are an
-            ``AssertionError`` too, as in MONAI. On an accelerator an id out of range is an asynchronous device-side
-            assertion instead; an exported graph does not look.
+        ShapeMismatchError: shapes that do not belong together: a ``ValueError``, and an ``AssertionError`` as in MONAI.
+        ValueError: rank, a class id, or an argument is not as above. On an accelerator an id out of range is an
+            asynchronous device-side assertion instead; an exported graph does not look.
 
     Example:
         >>> target = torch.nn.functional.pad(torch.ones(1, 1, 4, 4), (1, 1, 1, 1))
