@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from detpost.detections import Detections
-from detpost.images import Preprocessing, read_image
+from detpost.images import FixedSize, Prepare, Preprocessing, Ready, opened
 from detpost.integrations.model_names import look_up
 from detpost.postprocess import DetectionPostProcessor, DetectorModule
 from detpost.spec import DecodeSpec
@@ -26,7 +26,6 @@ BACKENDS = ("eager", "compile", "onnx", "openvino", "cudagraph")
 
 # images (B, 3, H, W), image sizes (B, 2), pixel mask (B, H, W) or None -> Detections
 Run = Callable[[Tensor, Tensor, "Tensor | None"], Detections]
-Prepare = Callable[[Sequence[Tensor]], tuple[Tensor, Tensor, "Tensor | None"]]
 
 
 class Detector:
@@ -36,7 +35,7 @@ class Detector:
 
     Args:
         run: the network and its post-processing.
-        prepare: uint8 images (3, H, W) to what ``run`` takes.
+        prepare: images to what ``run`` takes.
         class_names: the name of each label.
         device: where ``run`` wants its inputs.
         threshold: detections with ``score > threshold`` are given.
@@ -167,13 +166,43 @@ class Detector:
         return [
             row
             for start in range(0, len(sources), size)
-            for row in self._predict_batch([read_image(source) for source in sources[start : start + size]])
+            for row in self.predict_ready([self.ready(source) for source in sources[start : start + size]])
         ]
 
-    def _predict_batch(self, images: Sequence[Tensor]) -> list[dict[str, Any]]:
+    def ready(self, source: Any, max_pixels: int | None = None) -> Ready:
+        """Read an image and do what can be done to it alone; any thread may.
+
+        Args:
+            source: one image, as :meth:`predict` takes it.
+            max_pixels: as :func:`detpost.images.read_image` takes it.
+
+        Returns:
+            What :meth:`predict_ready` takes.
+
+        Raises:
+            OSError, TypeError, ValueError: as of :meth:`predict`.
+        """
+        with opened(source, max_pixels) as image:
+            return self.prepare.one(image)
+
+    def predict_ready(self, images: Sequence[Ready]) -> list[dict[str, Any]]:
+        """Detect in images that are ready, in one batch where the detector takes any number.
+
+        Args:
+            images: of :meth:`ready`.
+
+        Returns:
+            As :meth:`predict`.
+        """
+        size = self.batch or max(1, len(images))
+        return [
+            row for start in range(0, len(images), size) for row in self._predict_batch(images[start : start + size])
+        ]
+
+    def _predict_batch(self, images: Sequence[Ready]) -> list[dict[str, Any]]:
         # A run that is fixed to a batch size gets the last image again where images run out.
         filled = [*images, *[images[-1]] * ((self.batch or len(images)) - len(images))]
-        batch, sizes, mask = self.prepare(filled)
+        batch, sizes, mask = self.prepare.batch(filled)
         with torch.no_grad():
             placed_mask = None if mask is None else mask.to(self.device)
             found = self.run(batch.to(self.device), sizes.to(self.device), placed_mask)
@@ -323,7 +352,7 @@ def _of_file(
         same_size = replace(other, height=preprocessing.height, width=preprocessing.width)
         # A graph that scales and normalises leaves the resize alone to do here.
         fixed = Preprocessing(same_size.height, same_size.width, scale=1.0) if inside else same_size
-        return lambda images: (*fixed(images), None)
+        return FixedSize(fixed)
 
     return Detector(
         run,

@@ -2,23 +2,100 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import platform
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from PIL import Image
+from detpost.image_files import STRIP_PIXELS, UprightImage, open_image
 
-__all__ = ["ImageSource", "Preprocessing", "read_image"]
+__all__ = [
+    "FileRows",
+    "FixedSize",
+    "ImageSource",
+    "Prepare",
+    "Preprocessing",
+    "Ready",
+    "Rows",
+    "TensorRows",
+    "opened",
+    "read_image",
+    "resize",
+    "shrunk",
+    "sizes_of",
+]
 
-_TIFF_PHOTOMETRIC = 262
+# What takes an image whole (a picture to draw on, a processor of another library) gets one above this shrunk.
+MOST_PIXELS = 2**26
 
 ImageSource = "str | Path | Image.Image | np.ndarray[Any, Any] | Tensor"
+
+
+class Rows(Protocol):
+    """An image that gives its pixels a strip of rows at a time."""
+
+    @property
+    def height(self) -> int:
+        """Pixels."""
+
+    @property
+    def width(self) -> int:
+        """Pixels."""
+
+    def rows(self, top: int, bottom: int) -> Tensor:
+        """Give (3, bottom - top, width), uint8, on the CPU."""
+
+
+class FileRows:
+    """The rows of a decoded image file, channels last as they lie there: the resize is several times faster so."""
+
+    def __init__(self, image: UprightImage) -> None:
+        self._image = image
+        self.height, self.width = image.height, image.width
+
+    def rows(self, top: int, bottom: int) -> Tensor:
+        """Give (3, bottom - top, width), uint8."""
+        return torch.from_numpy(self._image.rows(top, bottom)).permute(2, 0, 1)
+
+
+class TensorRows:
+    """The rows of an image that lies in memory whole: (3, H, W), uint8."""
+
+    def __init__(self, image: Tensor) -> None:
+        self._image = image
+        self.height, self.width = image.shape[-2:]
+
+    def rows(self, top: int, bottom: int) -> Tensor:
+        """Give (3, bottom - top, width), uint8."""
+        return self._image[:, top:bottom]
+
+
+@contextlib.contextmanager
+def opened(source: Any, max_pixels: int | None = None) -> Iterator[Rows]:
+    """Open an image to take its rows.
+
+    Args:
+        source: as :func:`read_image` takes it.
+        max_pixels: as :func:`read_image` takes it.
+
+    Yields:
+        The image.
+
+    Raises:
+        OSError, TypeError, ValueError: as of :func:`read_image`.
+    """
+    if isinstance(source, (str, Path)):
+        with open_image(source, max_pixels) as image:
+            yield FileRows(UprightImage(image))
+    else:
+        yield TensorRows(_from_memory(source))
 
 
 def read_image(source: Any, max_pixels: int | None = None) -> Tensor:
@@ -30,7 +107,7 @@ def read_image(source: Any, max_pixels: int | None = None) -> Tensor:
             (H, W, 3) or (H, W, 4) in RGB order; a tensor (H, W), (1, H, W), (3, H, W) or (4, H, W), uint8, or floating
             within [0, 1].
         max_pixels: most pixels that a file may say it has; a larger one is refused before it is decoded. ``None``
-            leaves it to Pillow's own limit, twice ``PIL.Image.MAX_IMAGE_PIXELS``, which holds beside this one.
+            leaves it to Pillow's own limit, twice ``PIL.Image.MAX_IMAGE_PIXELS``.
 
     Returns:
         (3, H, W), uint8, on the CPU.
@@ -44,6 +121,11 @@ def read_image(source: Any, max_pixels: int | None = None) -> Tensor:
         >>> read_image(np.zeros((4, 6), np.uint8)).shape
         torch.Size([3, 4, 6])
     """
+    with opened(source, max_pixels) as image:
+        return image.rows(0, image.height).contiguous()
+
+
+def _from_memory(source: Any) -> Tensor:
     if isinstance(source, Tensor):
         return _from_tensor(source)
     if isinstance(source, np.ndarray):
@@ -51,65 +133,9 @@ def read_image(source: Any, max_pixels: int | None = None) -> Tensor:
     from PIL import Image
 
     if isinstance(source, Image.Image):
-        return _from_array(_pixels(source))
-    if isinstance(source, (str, Path)):
-        return _from_array(_decode_file(source, max_pixels))
+        image = UprightImage(source)
+        return _from_array(image.rows(0, image.height))
     raise TypeError(f"an image must be a path, a PIL image, a uint8 array or a tensor; got {type(source).__name__}")
-
-
-def _decode_file(path: str | Path, max_pixels: int | None) -> np.ndarray[Any, Any]:
-    """Decode a file; whatever goes wrong in a decoder is an OSError of one line that names the file."""
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with Image.open(path) as image:
-            if max_pixels is not None and image.width * image.height > max_pixels:
-                raise OSError(f"{image.width} x {image.height} pixels are more than {max_pixels}")
-            return _pixels(image)
-    except (FileNotFoundError, PermissionError, IsADirectoryError):
-        raise
-    except UnidentifiedImageError:
-        reason = "not an image of a known format" if Path(path).stat().st_size else "the file is empty"
-    except MemoryError:
-        reason = "not enough memory for its pixels"
-    # On broken files Pillow's decoders raise SyntaxError, struct.error, zlib.error, EOFError, KeyError and more.
-    except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-    raise OSError(f"cannot read image {str(path)!r}: {reason}")
-
-
-def _pixels(image: Image.Image) -> np.ndarray[Any, Any]:
-    """Give the pixels of an image of any mode, (H, W) or (H, W, 3), uint8."""
-    from PIL import ImageOps
-
-    deep = image.mode in ("I", "F") or image.mode.startswith("I;16")
-    white_is_zero = deep and getattr(image, "tag_v2", {}).get(_TIFF_PHOTOMETRIC) == 0  # Pillow inverts 8 bits alone
-    scaled_to_16_bits = image.mode.startswith("I;16") or image.format in ("PNG", "PPM")
-    image = ImageOps.exif_transpose(image)
-    if deep:
-        # convert("RGB") would clip deep values to 255, a white picture.
-        levels = _eight_bits(np.asarray(image), scaled_to_16_bits)
-        return 255 - levels if white_is_zero else levels
-    if image.mode == "La":  # premultiplied grey converts to nothing else
-        image = image.convert("LA")
-    # The copy gives torch an array it may own: PIL's buffer is read-only.
-    return np.array(image.convert("RGB"))
-
-
-def _eight_bits(values: np.ndarray[Any, Any], sixteen_bits: bool) -> np.ndarray[Any, Any]:
-    """Scale grey values of 16 bits or more, or floating ones, to 0..255; wider ones by the range that they need."""
-    if values.dtype == np.int32 and values.size and values.min() < 0:
-        values = values.view(np.uint32)  # Pillow keeps unsigned 32-bit files in signed integers
-    levels: np.ndarray[Any, Any] = np.nan_to_num(values.astype(np.float64))
-    greatest = levels.max(initial=0.0)
-    if sixteen_bits or 255 < greatest <= 65535:
-        levels = levels / 257
-    elif greatest > 65535:
-        levels = levels / 16843009
-    elif greatest <= 1 and values.dtype.kind == "f":
-        levels = levels * 255
-    bytes_: np.ndarray[Any, Any] = np.clip(np.rint(levels), 0, 255).astype(np.uint8)
-    return bytes_
 
 
 def _from_array(values: np.ndarray[Any, Any]) -> Tensor:
@@ -140,6 +166,88 @@ def _three_channels(planes: Tensor) -> Tensor:
     return planes.expand(3, -1, -1).contiguous() if planes.shape[0] == 1 else planes[:3].contiguous()
 
 
+def resize(image: Rows, height: int, width: int) -> Tensor:
+    """Resize an image, antialiased, to the bit as torchvision resizes it whole, in memory for a few strips of it.
+
+    Args:
+        image: of any size.
+        height: wanted.
+        width: wanted.
+
+    Returns:
+        (3, height, width), uint8, on the CPU.
+    """
+    from torchvision.transforms.v2 import functional as vision
+
+    if image.height * image.width <= STRIP_PIXELS:
+        return vision.resize(image.rows(0, image.height), [height, width], antialias=True)  # type: ignore[no-any-return]
+    step = max(1, STRIP_PIXELS // image.width)
+    strips = (image.rows(top, min(top + step, image.height)) for top in range(0, image.height, step))
+    # The filter is separable and goes along the rows first: no row needs its neighbours until all have their new width.
+    if _resizes_bytes():
+        narrow = torch.cat([vision.resize(strip, [strip.shape[1], width], antialias=True) for strip in strips], 1)
+        return vision.resize(narrow, [height, width], antialias=True)  # type: ignore[no-any-return]
+    floats = torch.cat([_interpolate(strip.to(torch.float32), strip.shape[1], width) for strip in strips], 1)
+    return _interpolate(floats, height, width).round().to(torch.uint8)
+
+
+def _interpolate(image: Tensor, height: int, width: int) -> Tensor:
+    return torch.nn.functional.interpolate(image[None], [height, width], mode="bilinear", antialias=True)[0]
+
+
+def _resizes_bytes() -> bool:
+    """Whether torchvision resizes uint8 as it is on this processor, rounding between the two directions."""
+    return torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512") or platform.machine() in ("aarch64", "arm64")
+
+
+def shrunk(image: Rows, times: int) -> Tensor:
+    """Give an image by a whole number smaller: (3, H // times, W // times), at least one pixel, uint8."""
+    return resize(image, max(1, image.height // times), max(1, image.width // times))
+
+
+class Ready(NamedTuple):
+    """One image as a network takes it, but for what is done to a whole batch.
+
+    Args:
+        pixels: (3, h, w).
+        size: (height, width) of the original image, pixels.
+        mask: (h, w), which pixels are no padding; ``None`` where there is no padding.
+    """
+
+    pixels: Tensor
+    size: tuple[int, int]
+    mask: Tensor | None = None
+
+
+class Prepare(ABC):
+    """What is done to images before the network: to each alone, which any thread may do, and to the batch."""
+
+    @abstractmethod
+    def one(self, image: Rows) -> Ready:
+        """Do what can be done to an image alone."""
+
+    @abstractmethod
+    def batch(self, images: Sequence[Ready]) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Bring images together.
+
+        Args:
+            images: of :meth:`one`, at least one.
+
+        Returns:
+            (B, 3, h, w) float32; (B, 2) int64, the (height, width) of each original image; and (B, h, w), which pixels
+            are no padding, or ``None``.
+        """
+
+    def __call__(self, images: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Prepare uint8 images (3, H, W) of any sizes; as :meth:`batch`."""
+        return self.batch([self.one(TensorRows(image)) for image in images])
+
+
+def sizes_of(images: Sequence[Ready]) -> Tensor:
+    """Give the (height, width) of each original image, (B, 2) int64."""
+    return torch.tensor([image.size for image in images], dtype=torch.int64, device="cpu").reshape(-1, 2)
+
+
 @dataclass(frozen=True)
 class Preprocessing:
     """Resize to one fixed size, scale, normalise: what detectors with a fixed input do.
@@ -167,11 +275,8 @@ class Preprocessing:
         Returns:
             (B, 3, height, width) float32, and (B, 2) int64, the (height, width) of each original image.
         """
-        from torchvision.transforms.v2 import functional as vision
-
-        resized = [vision.resize(image, [self.height, self.width], antialias=True) for image in images]
-        sizes = torch.tensor([image.shape[-2:] for image in images], dtype=torch.int64, device="cpu").reshape(-1, 2)
-        return self.normalise(torch.stack(resized).to(torch.float32)), sizes
+        batch, sizes, _ = FixedSize(self)(images)
+        return batch, sizes
 
     def normalise(self, images: Tensor) -> Tensor:
         """Scale and normalise a batch; differentiable and exportable.
@@ -193,3 +298,25 @@ class Preprocessing:
             A dict that :mod:`json` can write.
         """
         return asdict(self)
+
+
+class FixedSize(Prepare):
+    """Every image to one size.
+
+    Args:
+        preprocessing: which, and how it is scaled and normalised.
+    """
+
+    def __init__(self, preprocessing: Preprocessing) -> None:
+        self.preprocessing = preprocessing
+
+    def one(self, image: Rows) -> Ready:
+        """Resize an image; it stays uint8."""
+        pixels = resize(image, self.preprocessing.height, self.preprocessing.width)
+        return Ready(pixels, (image.height, image.width))
+
+    def batch(self, images: Sequence[Ready]) -> tuple[Tensor, Tensor, None]:
+        """Scale and normalise a batch."""
+        # Planes, whatever the images came as: a network computes other last places on channels that lie last.
+        planes = torch.stack([image.pixels for image in images]).contiguous()
+        return self.preprocessing.normalise(planes.to(torch.float32)), sizes_of(images), None

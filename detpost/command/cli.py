@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, cast
@@ -102,10 +103,11 @@ def detect(
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help=TRUST_HELP)] = False,
 ) -> None:
     """Detect in a folder of any size; an interrupted run goes on where it stopped when started again."""
-    from detpost.runs.listing import find_images
+    from detpost.runs.find_images import find_images
 
     look_up(model)
     found = find_images(images)
+    _quiet_pillow()
     from detpost.runs.detect import detect as run_detect
 
     with show.progress("images") as tell, show.resumable(out):
@@ -167,6 +169,7 @@ def evaluate(
         look_up(model)
         if iou_type != "bbox":
             raise ValueError(f"a model is evaluated on boxes: --iou-type {iou_type} takes --results")
+        _quiet_pillow()
         with show.progress("images", quiet) as tell, show.resumable(out):
             found, summary = evaluate_model(
                 annotations,
@@ -339,6 +342,11 @@ def verify(
     show.console.print(str(report), highlight=False, markup=False, soft_wrap=True)
     if not report.ok:
         raise typer.Exit(1)
+
+
+def _quiet_pillow() -> None:
+    """Keep Pillow's remarks on single files off the terminal: what cannot be read is listed in the end."""
+    warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 def _counts(text: str) -> list[int]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from detpost.images import Preprocessing
+from detpost.images import MOST_PIXELS, FixedSize, Prepare, Preprocessing, Ready, Rows, shrunk, sizes_of
 from detpost.integrations.image_processors import patched, post_process_object_detection
 from detpost.integrations.model_names import ModelName, look_up, spelled_alike
 from detpost.spec import DecodeSpec, has_preset
 
 __all__ = ["LoadedDetector", "load_detector", "patched", "post_process_object_detection"]
-
-Prepare = Callable[[Sequence[Tensor]], tuple[Tensor, Tensor, Tensor | None]]
 
 
 @dataclass(frozen=True)
@@ -90,7 +89,7 @@ def load_detector(source: str | Path, *, trust_remote_code: bool = False) -> Loa
         class_names={int(label): str(name) for label, name in config.id2label.items()},
         preprocessing=preprocessing,
         export_preprocessing=preprocessing or _at_size(processor, edge, edge),
-        prepare=_with_processor(processor) if preprocessing is None else _with_preprocessing(preprocessing),
+        prepare=_Processor(processor) if preprocessing is None else FixedSize(preprocessing),
     )
 
 
@@ -158,20 +157,34 @@ def _at_size(processor: Any, height: int, width: int) -> Preprocessing:
     )
 
 
-def _with_preprocessing(preprocessing: Preprocessing) -> Prepare:
-    def prepare(images: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
-        return *preprocessing(images), None
+class _Processor(Prepare):
+    """A transformers image processor whose output size follows the image: each alone, padded to the greatest then."""
 
-    return prepare
+    def __init__(self, processor: Any) -> None:
+        self._processor = processor
+
+    def one(self, image: Rows) -> Ready:
+        # It takes an image whole: one that is too large for that is shrunk first, by a whole number.
+        times = math.ceil(math.sqrt(image.height * image.width / MOST_PIXELS))
+        whole = image.rows(0, image.height) if times <= 1 else shrunk(image, times)
+        found = self._processor(images=[whole], return_tensors="pt", input_data_format="channels_first")
+        mask = found.get("pixel_mask")
+        return Ready(found["pixel_values"][0], (image.height, image.width), None if mask is None else mask[0])
+
+    def batch(self, images: Sequence[Ready]) -> tuple[Tensor, Tensor, Tensor | None]:
+        height, width = (max(image.pixels.shape[side] for image in images) for side in (1, 2))
+        masks = [image.mask for image in images if image.mask is not None]
+        if not masks and any(image.pixels.shape[1:] != (height, width) for image in images):
+            raise ValueError("the processor does not pad, and these images become different sizes: run them one by one")
+        # Planes, whatever the images came as: a network computes other last places on channels that lie last.
+        pixels = torch.stack([_padded(image.pixels, height, width) for image in images]).contiguous()
+        mask = torch.stack([_padded(each, height, width) for each in masks]) if masks else None
+        return pixels, sizes_of(images), mask
 
 
-def _with_processor(processor: Any) -> Prepare:
-    def prepare(images: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
-        inputs = processor(images=list(images), return_tensors="pt", input_data_format="channels_first")
-        sizes = torch.tensor([image.shape[-2:] for image in images], dtype=torch.int64, device="cpu").reshape(-1, 2)
-        return inputs["pixel_values"], sizes, inputs.get("pixel_mask")
-
-    return prepare
+def _padded(values: Tensor, height: int, width: int) -> Tensor:
+    """Fill up with zeros at the bottom and on the right."""
+    return torch.nn.functional.pad(values, (0, width - values.shape[-1], 0, height - values.shape[-2]))
 
 
 @contextlib.contextmanager

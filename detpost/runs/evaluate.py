@@ -15,7 +15,7 @@ import numpy as np
 
 from detpost.runs.coco import brief, read_json
 from detpost.runs.coco_rows import ground_truth, result_rows
-from detpost.runs.listing import Listing
+from detpost.runs.find_images import FoundImages
 
 if TYPE_CHECKING:
     from detpost.runs.detect import Summary
@@ -182,15 +182,15 @@ def evaluate_model(
     from detpost.runs.detect import detect
 
     truth, _ = ground_truth(annotations, "bbox")
-    listing = _listing(truth["images"], Path(images), annotations)
+    found = _images_of(truth["images"], Path(images), annotations)
     _import_faster_coco_eval()  # before hours of detection, not after
     with tempfile.TemporaryDirectory(prefix="detpost-") as temporary:
         folder = Path(out or temporary)
-        summary = detect(listing, folder, threshold=threshold, formats=("coco",), annotations=annotations, **options)
+        summary = detect(found, folder, threshold=threshold, formats=("coco",), annotations=annotations, **options)
         return evaluate(annotations, folder / "detections.json", max_dets=max_dets), summary
 
 
-def _listing(images: Sequence[Mapping[str, Any]], folder: Path, annotations: str | Path) -> Listing:
+def _images_of(images: Sequence[Mapping[str, Any]], folder: Path, annotations: str | Path) -> FoundImages:
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {folder}")
     names: list[str] = []
@@ -205,7 +205,7 @@ def _listing(images: Sequence[Mapping[str, Any]], folder: Path, annotations: str
         raise ValueError(
             f"{len(missing)} of {len(images)} images of {annotations} are not in {folder}, the first is {missing[0]!r}"
         )
-    return Listing(folder, sorted(names))
+    return FoundImages(folder, sorted(names))
 
 
 def _import_faster_coco_eval() -> Any:

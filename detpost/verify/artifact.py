@@ -16,7 +16,8 @@ from detpost.postprocess import DetectionPostProcessor
 from detpost.spec import DecodeSpec, presets
 
 if TYPE_CHECKING:
-    from detpost.detector import Detector, Prepare
+    from detpost.detector import Detector
+    from detpost.images import Prepare
 
 __all__ = ["Artifact", "Found", "open_artifact"]
 

@@ -23,6 +23,7 @@ import torchvision.transforms.v2.functional  # noqa: E402, F401
 
 import detpost.runs.detect as subject  # noqa: E402
 import detpost.runs.drawing  # noqa: E402, F401
+import detpost.runs.pictures as pictures  # noqa: E402
 import detpost.runs.results as results  # noqa: E402
 from detpost.detections import import_supervision  # noqa: E402
 from detpost.detector import Detector  # noqa: E402
@@ -52,7 +53,7 @@ def arm(point):
         write(journal, data)
 
     def replacing(source, target):
-        picture = Path(source).name == ".part"
+        picture = Path(source).name.startswith(".part")
         if picture == (kind == "picture") and next(calls) == int(call):
             die()
         replace(source, target)
@@ -60,7 +61,7 @@ def arm(point):
     if kind in ("write", "synced"):
         Journal._write = writing
     else:
-        subject.os.replace = results.os.replace = replacing
+        pictures.os.replace = results.os.replace = replacing
 
 
 def forked(run):
@@ -81,8 +82,8 @@ def forked(run):
 def main(images, out, *points):
     import_supervision("drawing")  # imported here, not once more in every child
     detector = Detector.load("tiny", device="cpu", threshold=OPTIONS["threshold"])
-    subject._load = lambda *_: detector
-    predict = detector.predict
+    Detector.load = lambda *_, **__: detector
+    predict = detector.predict_ready
     for point in points:
         folder = Path(out) / point.replace(":", "_")
 
@@ -93,11 +94,11 @@ def main(images, out, *points):
         def second(folder=folder):
             count = []
 
-            def counting(batch, batch_size):
+            def counting(batch):
                 count.extend(batch)
-                return predict(batch, batch_size)
+                return predict(batch)
 
-            detector.predict = counting
+            detector.predict_ready = counting
             summary = subject.detect([images], folder, **OPTIONS)
             (folder.parent / f"{folder.name}.json").write_text(json.dumps([len(count), summary.resumed]))
 

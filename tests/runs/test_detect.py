@@ -22,6 +22,7 @@ import detpost.runs.detect as subject
 from detpost import Detector
 from detpost.command.cli import app, main
 from detpost.runs.detect import detect
+from detpost.runs.settings import settings_of
 from detpost.zoo import SAMPLES, sample_images
 
 BROKEN = "b/broken image.jpg"
@@ -36,19 +37,18 @@ def detector():
 def quick(detector, monkeypatch):
     """Load the model once for all tests, and count the images that go through it."""
     seen = []
+    predict = detector.predict_ready
 
-    class Counting:
-        spec, class_names = detector.spec, detector.class_names
+    def counting(images):
+        seen.append(len(images))
+        return predict(images)
 
-        def predict(self, images, batch_size):
-            seen.append(len(images))
-            return detector.predict(images, batch_size)
-
-    def load(model, backend, device, threshold, trust_remote_code):
+    def load(model, backend="eager", device=None, threshold=0.5, trust_remote_code=False):
         detector.threshold = threshold
-        return Counting()
+        return detector
 
-    monkeypatch.setattr(subject, "_load", load)
+    monkeypatch.setattr(detector, "predict_ready", counting)
+    monkeypatch.setattr(Detector, "load", load)
     return seen
 
 
@@ -284,15 +284,15 @@ class TestFolders:
         assert Image.MAX_IMAGE_PIXELS == 1000
 
     def test_an_image_that_the_detector_cannot_take_does_not_end_the_run(self, tmp_path, detector, monkeypatch):
-        real = detector.predict
+        real = detector.predict_ready
 
-        def fails_on_narrow_images(images, batch_size):
-            if any(image.shape[-1] < 4 for image in images):
+        def fails_on_narrow_images(images):
+            if any(image.size[1] < 4 for image in images):
                 raise RuntimeError("too\nnarrow")
-            return real(images, batch_size)
+            return real(images)
 
-        monkeypatch.setattr(detector, "predict", fails_on_narrow_images)
-        monkeypatch.setattr(subject, "_load", lambda *_: detector)
+        monkeypatch.setattr(detector, "predict_ready", fails_on_narrow_images)
+        monkeypatch.setattr(Detector, "load", lambda *_, **__: detector)
         shutil.copy(sample_images()[0], tmp_path / "b.png")
         shutil.copy(sample_images()[1], tmp_path / "c.png")
         Image.new("L", (2, 30)).save(tmp_path / "a.png")
@@ -301,25 +301,6 @@ class TestFolders:
         assert summary.detections > 5
         with pytest.raises(RuntimeError, match="narrow"):  # where nothing goes through, it is the model
             detect([tmp_path / "a.png"], tmp_path / "none")
-
-    def test_reading_ahead_is_bounded_in_images_and_in_bytes(self, tmp_path, monkeypatch):
-        names = [f"{number}.png" for number in range(60)]
-        for name in names:
-            Image.new("L", (100, 100)).save(tmp_path / name)  # 30 000 bytes as RGB
-        read = []
-        real = subject._read
-        monkeypatch.setattr(subject, "_read", lambda *a: (read.append(1), real(*a))[1])
-        # A batch, and either twice as many images ahead, or as many bytes; and what two threads are at.
-        for limit, batch, ahead in ((10**9, 4, 10), (60_000, 2, 4)):
-            monkeypatch.setattr(subject, "_BATCH_BYTES", limit)
-            read.clear()
-            taken = 0
-            for group in subject._decoded(subject._Work(tmp_path, 4, 10**6, 2), names):
-                assert len(group) == batch
-                taken += len(group)
-                time.sleep(0.005)
-                assert len(read) <= taken + ahead
-            assert taken == 60
 
 
 class TestResume:
@@ -383,7 +364,7 @@ class TestResume:
 
         other = Detector(detector.run, detector.prepare, detector.class_names, detector.device, 0.5)
         other.spec = replace(detector.spec, top_k=7)
-        monkeypatch.setattr(subject, "_load", lambda *_: other)
+        monkeypatch.setattr(Detector, "load", lambda *_, **__: other)
         with pytest.raises(ValueError, match="other settings \\(spec"):
             detect([images], tmp_path / "out")
 
@@ -418,7 +399,7 @@ class TestResume:
             text=True,
             check=True,
             timeout=300,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
         )
         told = {row["point"]: row for row in map(json.loads, run.stdout.splitlines())}
         expected = tmp_path / "out" / "never_0"
@@ -516,4 +497,4 @@ def test_a_hub_id_goes_by_its_commit_and_one_that_is_not_there_is_one_line(tmp_p
     assert not (tmp_path / "out").exists()
     place = "/cache/models--a--b/snapshots/0123abc/config.json"
     monkeypatch.setattr(transformers.utils, "cached_file", lambda name, file: place)
-    assert subject._settings("a/b", "eager", 0.5)["model_identity"] == "commit 0123abc"
+    assert settings_of("a/b", "eager", 0.5)["model_identity"] == "commit 0123abc"

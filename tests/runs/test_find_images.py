@@ -11,8 +11,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from detpost.command.cli import app
-from detpost.runs import listing as subject
-from detpost.runs.listing import find_images
+from detpost.runs import find_images as subject
+from detpost.runs.find_images import find_images
 from detpost.zoo import sample_images
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-__all__ = ["MARKER", "Listing", "find_images"]
+__all__ = ["MARKER", "FoundImages", "find_images"]
 
 # Stands in a folder of annotated pictures, so that no later run takes them for input.
 MARKER = ".detpost-pictures"
@@ -24,7 +24,7 @@ SUFFIXES = frozenset(
 )
 
 
-class Listing(NamedTuple):
+class FoundImages(NamedTuple):
     """Images to run on.
 
     Args:
@@ -38,7 +38,7 @@ class Listing(NamedTuple):
     unread: tuple[tuple[str, str], ...] = ()
 
 
-def find_images(sources: Iterable[str | Path]) -> Listing:
+def find_images(sources: Iterable[str | Path]) -> FoundImages:
     """List images.
 
     A folder is searched through for the endings of common image formats; links are followed, hidden entries and
@@ -71,7 +71,7 @@ def find_images(sources: Iterable[str | Path]) -> Listing:
     if not names:
         raise ValueError(f"no images in {', '.join(given)}: looked for files ending in {' '.join(sorted(SUFFIXES))}")
     reasons = {f"{path.relative_to(root).as_posix()}/": reason for each in unread for path, reason in each.items()}
-    return Listing(root, names, tuple(sorted(reasons.items())))
+    return FoundImages(root, names, tuple(sorted(reasons.items())))
 
 
 def _expand(source: str) -> tuple[Path, list[Path], dict[Path, str]]:

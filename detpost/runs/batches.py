@@ -1,0 +1,85 @@
+"""Batches through the network, and what came out as rows of the journal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from detpost.images import Ready
+
+if TYPE_CHECKING:
+    from detpost.detector import Detector
+    from detpost.runs.reading import Loaded
+
+__all__ = ["detect_batch"]
+
+# What a network or a processor raises on an image that it cannot take, as one a pixel wide.
+_CANNOT_TAKE = (RuntimeError, ValueError, ZeroDivisionError)
+
+
+def detect_batch(
+    detector: Detector, batch: Sequence[Loaded], ids: Mapping[str, int], alone_may_fail: bool
+) -> list[dict[str, Any]]:
+    """Detect in a batch.
+
+    Args:
+        detector: the detector.
+        batch: what was read.
+        ids: the number of each image.
+        alone_may_fail: whether images have gone through before, so that one that does not go through is the image's
+            fault and must not end a run over a million others.
+
+    Returns:
+        A row for each image: its name, number, size and time of the last change, and what was found or why not.
+
+    Raises:
+        RuntimeError, ValueError, ZeroDivisionError: no image has gone through yet, and none of these does.
+    """
+    outcomes = _outcomes(detector, batch)
+    tried = [outcome for outcome in outcomes if not isinstance(outcome, str)]
+    failures = [outcome for outcome in tried if isinstance(outcome, Exception)]
+    if failures and len(failures) == len(tried) and not alone_may_fail:
+        raise failures[0]  # the model fails, not the image
+    return [_row(loaded, outcome, ids[loaded.name]) for loaded, outcome in zip(batch, outcomes, strict=True)]
+
+
+def _outcomes(detector: Detector, batch: Sequence[Loaded]) -> list[dict[str, Any] | Exception | str]:
+    """Give what was found in each image, what it raised, or why it could not be read."""
+    found = iter(_predict(detector, [loaded.ready for loaded in batch if loaded.ready is not None]))
+    return [
+        next(found) if loaded.ready is not None else loaded.failure[0] if loaded.failure else loaded.error
+        for loaded in batch
+    ]
+
+
+def _predict(detector: Detector, images: Sequence[Ready]) -> list[dict[str, Any] | Exception]:
+    """Run the detector; where a batch does not go through, each image alone."""
+    if not images:
+        return []
+    try:
+        return [*detector.predict_ready(images)]
+    except torch.OutOfMemoryError:
+        raise
+    except _CANNOT_TAKE as error:
+        if len(images) == 1:
+            return [error]
+    return [outcome for image in images for outcome in _predict(detector, [image])]
+
+
+def _row(loaded: Loaded, outcome: dict[str, Any] | Exception | str, image_id: int) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "file_name": loaded.name,
+        "image_id": image_id,
+        "size": loaded.size,
+        "mtime_ns": loaded.mtime_ns,
+    }
+    if isinstance(outcome, str):
+        return {**row, "error": outcome}
+    height, width = loaded.failure[1] if loaded.failure else loaded.ready.size if loaded.ready else (0, 0)
+    if isinstance(outcome, Exception):
+        reason = " ".join(str(outcome).split()) or type(outcome).__name__
+        return {**row, "error": f"the detector cannot take {width} x {height} pixels: {reason[:200]}"}
+    values = {name: outcome[name].tolist() for name in ("scores", "labels", "boxes")}
+    return {**row, "width": width, "height": height, "names": outcome["label_names"], **values}

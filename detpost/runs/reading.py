@@ -1,0 +1,147 @@
+"""Images read, decoded and resized by threads ahead of the network, in batches."""
+
+from __future__ import annotations
+
+import itertools
+import stat
+from collections import deque
+from collections.abc import Generator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import Tensor
+
+from detpost.image_files import UprightImage, decoding_bytes, open_image
+from detpost.images import FileRows, Prepare, Ready, Rows, TensorRows
+from detpost.runs.memory import Memory
+from detpost.runs.originals import Originals
+
+__all__ = ["Loaded", "Reader", "identity_of"]
+
+# A batch ends early once its images, as RGB, have this many bytes.
+BATCH_BYTES = 512 * 1024**2
+
+
+class Loaded(NamedTuple):
+    """One file as it was read: what the network takes, or why there is nothing.
+
+    Args:
+        name: its relative path.
+        size: of the file, bytes.
+        mtime_ns: when it was last changed, nanoseconds.
+        ready: what the network takes; ``None`` where the file could not be read or prepared.
+        error: why it could not be read; empty where it could.
+        failure: what preparing it raised, and its (height, width).
+        picture: (3, H, W), uint8, to draw on, where that was asked for and there was room.
+    """
+
+    name: str
+    size: int
+    mtime_ns: int
+    ready: Ready | None = None
+    error: str = ""
+    failure: tuple[Exception, tuple[int, int]] | None = None
+    picture: Tensor | None = None
+
+    @property
+    def rgb_bytes(self) -> int:
+        """How many bytes the whole image has as RGB."""
+        height, width = self.ready.size if self.ready is not None else (0, 0)
+        return 3 * height * width
+
+
+def identity_of(path: Path) -> tuple[int, int]:
+    """Give a file's size and the time of its last change, by which a later run knows it; -1 where nobody may ask."""
+    try:
+        found = path.stat()
+    except OSError:
+        return -1, -1
+    return found.st_size, found.st_mtime_ns
+
+
+class Reader:
+    """Reads images for a network, and again for drawing where there was no room to keep them.
+
+    Args:
+        root: the folder that names are relative to.
+        prepare: what the network's detector does to each image.
+        batch_size: most images in a batch.
+        max_pixels: images with more are not read.
+        workers: threads.
+        memory: room for what is decoded at once.
+        originals: keeps images to draw on; ``None`` where nothing is drawn.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        prepare: Prepare,
+        batch_size: int,
+        max_pixels: int,
+        workers: int,
+        memory: Memory,
+        originals: Originals | None,
+    ) -> None:
+        self._root, self._prepare = root, prepare
+        self._batch_size, self._max_pixels, self._workers = batch_size, max_pixels, workers
+        self._memory, self._originals = memory, originals
+
+    def batches(self, names: Sequence[str]) -> Generator[list[Loaded], None, None]:
+        """Give batches in order, read ahead by threads.
+
+        Where a batch ends depends on the images from its beginning on and on nothing else, so a resumed run cuts the
+        same batches as an uninterrupted one.
+        """
+        rest = iter(names)
+        waiting: deque[Future[Loaded]] = deque()
+        pool = ThreadPoolExecutor(self._workers, thread_name_prefix="detpost-read")
+        try:
+            batch: list[Loaded] = []
+            while True:
+                ahead = itertools.islice(rest, 2 * self._batch_size + self._workers - len(waiting))
+                waiting.extend(pool.submit(self.read, name) for name in ahead)
+                if waiting:
+                    batch.append(waiting.popleft().result())
+                size = sum(loaded.rgb_bytes for loaded in batch)
+                if batch and (len(batch) == self._batch_size or size >= BATCH_BYTES or not waiting):
+                    yield batch
+                    batch = []
+                elif not waiting:
+                    break
+        except BaseException:  # readers that wait for room would wait for ever
+            self._memory.close()
+            raise
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def read(self, name: str) -> Loaded:
+        """Read one image; what is wrong with it is part of the answer."""
+        path = self._root / name
+        identity = identity_of(path)
+        try:
+            if not stat.S_ISREG(path.stat().st_mode):  # a pipe would wait for ever
+                return Loaded(name, *identity, error="not a regular file")
+            return self._decode(path, Loaded(name, *identity))
+        except FileNotFoundError:
+            reason = "a link to a file that does not exist" if path.is_symlink() else "the file is gone"
+        except OSError as error:
+            # The file is named beside it: what remains of the line is the reason.
+            reason = (error.strerror or str(error)).removeprefix(f"cannot read image {str(path)!r}: ")
+        return Loaded(name, *identity, error=reason)
+
+    def _decode(self, path: Path, loaded: Loaded) -> Loaded:
+        with open_image(path, self._max_pixels) as file, self._memory.working(decoding_bytes(file)):
+            try:
+                image: Rows = FileRows(UprightImage(file))
+                picture = self._originals.keep(image) if self._originals else None
+                if picture is not None and picture.shape[1:] == (image.height, image.width):
+                    image = TensorRows(picture)
+                try:
+                    return loaded._replace(ready=self._prepare.one(image), picture=picture)
+                except (RuntimeError, ValueError, ZeroDivisionError) as error:
+                    if self._originals:
+                        self._originals.let_go(picture)
+                    return loaded._replace(failure=(error, (image.height, image.width)))
+            finally:
+                file.close()  # the pixels go before their room does

@@ -1,0 +1,111 @@
+"""What decides the results of a run, and whether an earlier run into the same folder had the same."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from detpost.integrations.model_names import look_up, spelled_alike
+
+if TYPE_CHECKING:
+    from detpost.runs.journal import Journal
+    from detpost.spec import DecodeSpec
+
+__all__ = ["check_settings", "settings_of", "with_spec"]
+
+
+def settings_of(model: str | Path, backend: str, threshold: float, trust_remote_code: bool = False) -> dict[str, Any]:
+    """Give what decides the results, without loading the model.
+
+    Args:
+        model: as :meth:`detpost.Detector.load` takes it.
+        backend: likewise.
+        threshold: likewise.
+        trust_remote_code: likewise.
+
+    Returns:
+        ``model``, ``model_identity`` (of its files, or the hub's commit), ``backend`` and ``threshold``.
+
+    Raises:
+        OSError: no such model.
+        ImportError: a hub id without transformers; the message names the extra.
+    """
+    found = look_up(model)
+    if found.path is None:
+        identity = f"commit {_hub_commit(found.name)}"
+    else:
+        identity = _digest(_model_files(found.path, trust_remote_code))
+    return {
+        "model": found.name,
+        "model_identity": identity,
+        "backend": Path(model).suffix[1:] if found.kind == "file" else backend,  # a file's format decides for itself
+        "threshold": threshold,
+    }
+
+
+def with_spec(settings: Mapping[str, Any], spec: DecodeSpec | None) -> dict[str, Any]:
+    """Add how raw outputs are decoded, which shows once the model is loaded."""
+    # Through JSON, so that a tuple in a spec equals the list that was written.
+    return {**settings, "spec": json.loads(json.dumps(asdict(spec) if spec is not None else None))}
+
+
+def check_settings(journal: Journal, settings: Mapping[str, Any], folder: Path) -> None:
+    """Refuse to go on with other settings than those that the folder was begun with.
+
+    Args:
+        journal: of the folder.
+        settings: of :func:`settings_of`, or of :func:`with_spec`.
+        folder: for the message.
+
+    Raises:
+        ValueError: they differ; the message says in what.
+    """
+    before = None if journal.header is None else journal.header["settings"]
+    if before is None:
+        return
+    for name in ("model_identity", "backend", "threshold", "spec"):
+        if name in settings and before[name] != settings[name]:
+            shown = "model" if name == "model_identity" else name
+            theirs, ours = before[shown], settings[shown]
+            other = "the model's file has changed" if theirs == ours else f"{shown} {theirs}, not {ours}"
+            raise ValueError(f"{folder} holds a run with other settings ({other}): take another folder, or --fresh")
+
+
+def _model_files(path: Path, trust_remote_code: bool) -> list[Path]:
+    """List the files that make a model what it is."""
+    if path.is_file():
+        # Weights beside the graph: OpenVINO's .bin, and ONNX's external data in the usual spellings.
+        beside = [path.with_suffix(".bin")] if path.suffix == ".xml" else []
+        beside = [*beside, *(path.with_name(path.name + ending) for ending in (".data", "_data"))]
+        return [path, *(file for file in beside if file.is_file())]
+    endings = ["*.json", "*.safetensors", *(["*.py"] if trust_remote_code else [])]
+    return sorted(file for ending in endings for file in path.glob(ending))
+
+
+def _hub_commit(name: str) -> str:
+    """Find which commit of a hub id this machine has or is given."""
+    try:
+        from transformers.utils import cached_file
+    except ImportError:
+        raise ImportError("transformers detectors need transformers: pip install 'detpost[hf]'") from None
+    try:
+        found = Path(cached_file(name, "config.json") or "")
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise OSError(
+            f"no detector at {name!r}, neither a file, a transformers directory nor a hub id: {reason}"
+            f"{spelled_alike(name)}"
+        ) from error
+    return found.parent.name if found.parent.parent.name == "snapshots" else "unknown"
+
+
+def _digest(files: Sequence[Path]) -> str:
+    whole = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as opened:
+            whole.update(f"{file.suffix} {hashlib.file_digest(opened, 'sha256').hexdigest()}\n".encode())
+    return whole.hexdigest()
