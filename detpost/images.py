@@ -16,21 +16,7 @@ from torch import Tensor
 
 from detpost.image_files import STRIP_PIXELS, UprightImage, open_image
 
-__all__ = [
-    "FileRows",
-    "FixedSize",
-    "ImageSource",
-    "Prepare",
-    "Preprocessing",
-    "Ready",
-    "Rows",
-    "TensorRows",
-    "opened",
-    "read_image",
-    "resize",
-    "shrunk",
-    "sizes_of",
-]
+__all__ = ["ImageSource", "Preprocessing", "read_image"]
 
 # What takes an image whole (a picture to draw on, a processor of another library) gets one above this shrunk.
 MOST_PIXELS = 2**26
