@@ -1,9 +1,9 @@
 """What does the exact decode cost in ONNX Runtime, beside the graph that a person writes by hand?
 
 The hand-written graph is Sigmoid, TopK, Gather and boxes for sigmoid heads; Softmax, max, TopK, Gather and boxes for
-softmax heads. It takes ties, NaN and thresholds as they come. Contenders run in turns on inputs that change from run
-to run (a branch predictor learns a TopK of one input by heart); on a machine with other work, the lower decile says
-more than the median.
+softmax heads. It takes ties, NaN and thresholds as they come. Contenders run in turns on inputs that change from run to
+run (a branch predictor learns a TopK of one input by heart); on a machine with other work, the lower decile says more
+than the median.
 
     python scripts/onnx_decode_cost.py              # the table
     python scripts/onnx_decode_cost.py --json FILE --threads 1
