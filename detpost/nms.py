@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from detpost import kernels
 from detpost.detections import Detections
 from detpost.reference import nms as reference
-from detpost.selection import select_top_k
 
 __all__ = ["NonMaximumSuppression", "nms"]
 
@@ -52,7 +51,7 @@ def nms(
     _check(boxes, scores, labels, valid)
     threshold = _checked_threshold(iou_threshold)
     if torch.onnx.is_in_onnx_export():
-        order = select_top_k(scores, max(1, int(scores.shape[1])))  # (B, N)
+        order = reference.order_portable(scores)  # (B, N)
         kept = reference.keep_ranked(
             boxes.detach().gather(1, order.unsqueeze(-1).expand(-1, -1, 4)),
             None if labels is None else labels.gather(1, order),

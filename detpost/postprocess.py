@@ -24,7 +24,8 @@ class DetectionPostProcessor(nn.Module):
     """Turn the raw outputs of a DETR-family detector into detections.
 
     No in-place writes, no graph breaks, no data-dependent shapes and no host synchronisation: the same module runs in
-    eager PyTorch, ``torch.compile``, ``torch.export``, ONNX and a CUDA graph, and chooses the same detections in each.
+    eager PyTorch, ``torch.compile``, ``torch.export`` and a CUDA graph, and :mod:`detpost.export` writes it to ONNX.
+    All of them choose the same detections.
 
     Args:
         spec: what the decode does.
@@ -273,14 +274,18 @@ def _at_least_float32(values: Tensor) -> torch.dtype:
 def _scoring_dtype(logits: Tensor) -> torch.dtype:
     """float64, so that equal logits score alike: float32 functions round the tail of a vector loop otherwise.
 
-    float32 where float64 is missing: on MPS, and on the accelerators that an ONNX graph may go to.
+    float32 where float64 is missing: on MPS.
     """
-    narrow = torch.onnx.is_in_onnx_export() or logits.device.type == "mps"
-    return _at_least_float32(logits) if narrow else torch.float64
+    return _at_least_float32(logits) if logits.device.type == "mps" else torch.float64
 
 
 def _check(logits: Tensor, boxes: Tensor, image_sizes: Tensor | None) -> None:
     """Look at shapes, dtypes and devices alone: reading a value would wait for the device."""
+    if torch.onnx.is_in_onnx_export():
+        raise TypeError(
+            "a decode is written to ONNX, not traced: take detpost.export.to_onnx for a post-processor or a whole "
+            "detector, or export the network and detpost.export.attach the decode"
+        )
     for name, value, last in (("logits", logits, "C"), ("boxes", boxes, "4")):
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a floating tensor of shape (B, Q, {last}); got {type(value).__name__}")

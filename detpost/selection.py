@@ -10,7 +10,6 @@ Selection returns indices and nothing else. Values are gathered afterwards, so n
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -56,8 +55,6 @@ def select_top_k(scores: Tensor, k: int) -> Tensor:
     if k < 1:
         raise ValueError(f"k must be at least 1; got {k}")
     rows = scores.detach()
-    if torch.onnx.is_in_onnx_export():
-        return select_portable(rows, k)
     found = kernels.select(rows, k)
     if found is not None:
         return found
@@ -84,20 +81,10 @@ def best_class(logits: Tensor) -> Tensor:
     numbers = torch.where(is_number, rows, -math.inf)
     # `is_number`: where the greatest number is -inf, a NaN must not tie with it. The least index and not argmax:
     # runtimes differ on which of equal maxima argmax gives.
-    is_best = is_number & (numbers == greatest(numbers))
+    is_best = is_number & (numbers == numbers.amax(dim=-1, keepdim=True))
     last = logits.shape[-1] - 1
     index = torch.arange(last + 1, dtype=torch.int32, device=logits.device)
     return torch.where(is_best, index, last).amin(dim=-1).to(torch.int64)
-
-
-def greatest(values: Tensor) -> Tensor:
-    """Give the greatest value along the last dimension, kept as a dimension of 1.
-
-    Exported as a TopK: OpenVINO's reduction starts from the lowest finite number, and gives that for nothing but -inf.
-    """
-    if torch.onnx.is_in_onnx_export():
-        return values.topk(1, dim=-1).values
-    return values.amax(dim=-1, keepdim=True)
 
 
 def select_stable_sort(scores: Tensor, k: int) -> Tensor:
@@ -154,109 +141,3 @@ def _group_prefilter(keys: Tensor, k: int) -> Tensor:
     grouped = padded.view(batch, groups, size)
     chosen = grouped.amax(dim=2).topk(k, dim=1, sorted=False).indices  # (B, k)
     return grouped.gather(1, chosen.unsqueeze(-1).expand(batch, k, size)).reshape(batch, k * size)
-
-
-GroupMaxima = Callable[[Tensor, int], tuple[Tensor, Tensor]]
-
-
-def group_maxima(values: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Find the greatest number of each group of neighbours, and the groups that hold none.
-
-    Args:
-        values: (B, N), float32 or float64; NaN anywhere.
-        size: elements of a group; the last may have fewer.
-
-    Returns:
-        Maxima (B, G), -inf for a group of nothing but NaN. Whether it is one (B, G), bool.
-    """
-    padded = _filled(values, size)
-    is_nan = padded.isnan()
-    groups = padded.shape[1] // size
-    grouped = torch.where(is_nan, -math.inf, padded).reshape(-1, groups, size)
-    only_nan = is_nan.to(torch.float32).reshape(-1, groups, size).amin(dim=2) > 0
-    return grouped.amax(dim=2), only_nan
-
-
-def select_portable(scores: Tensor, k: int, group_maxima: GroupMaxima = group_maxima) -> Tensor:
-    """Select with float32 and int32 operators alone, for runtimes with no 64-bit or bit-cast ones: the exported form.
-
-    A runtime's TopK may return equal scores in any order and, at the k-th value, any of them. Its values are certain,
-    so this (1) takes the k-th value tau, (2) puts the lowest indices equal to tau in the tail, (3) re-orders the rest
-    by a unique integer key made of the rank of the value and the index. Args and returns as :func:`select_top_k`;
-    ``group_maxima`` may be another way to compute what the function of that name does.
-    """
-    width = scores.shape[1]
-    kept = min(k, width)
-    if kept == 0:
-        return torch.zeros((scores.shape[0], 0), dtype=torch.int64, device=scores.device)
-    values = scores.to(torch.promote_types(scores.dtype, torch.float32))  # rounding float64 would make new ties
-    if width < _PREFILTER_MIN_RATIO * kept:
-        is_nan = values.isnan()
-        return _exact_order(torch.where(is_nan, -math.inf, values), is_nan, kept)
-    size = _group_size(width, kept)
-    candidates = _group_candidates(*group_maxima(values, size), kept, size)  # (B, M), ascending
-    chosen = _filled(values, size).gather(1, candidates)
-    is_nan = chosen.isnan()
-    return candidates.gather(1, _exact_order(torch.where(is_nan, -math.inf, chosen), is_nan, kept))
-
-
-def _filled(values: Tensor, size: int) -> Tensor:
-    """Fill the last group up with NaN: it comes last, so that padding is never among the k best of k values or more."""
-    missing = -values.shape[1] % size
-    return torch.nn.functional.pad(values, (0, missing), value=math.nan) if missing else values
-
-
-def _group_candidates(maxima: Tensor, only_nan: Tensor, k: int, size: int) -> Tensor:
-    """Give the indices (B, M), ascending, of the elements of the k groups that hold the k best.
-
-    A group stands where its best element does, so ties between groups go by the lower group, and a group of nothing but
-    NaN comes after one whose best is -inf.
-    """
-    chosen = _ascending(_exact_set(maxima, only_nan, k)[0], maxima.shape[1])  # (B, k)
-    inside = torch.arange(size, device=maxima.device)
-    return (chosen.unsqueeze(2) * size + inside).reshape(-1, k * size)
-
-
-def _group_size(width: int, k: int) -> int:
-    """Give about the size for which the two top-k passes read least; one that divides the row if there is one near."""
-    best = max(2, math.isqrt(width // k))
-    near = sorted(range(max(2, best - best // 3), best + best // 2 + 1), key=lambda size: abs(size - best))
-    return next((size for size in near if width % size == 0), best)
-
-
-def _exact_set(values: Tensor, is_nan: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Find the k best of ``values`` (B, N), whatever TopK does with ties; they hold -inf where ``is_nan``.
-
-    Returns:
-        The indices (B, k), int64: those above the k-th value tau in the runtime's order, then those equal to tau in the
-        right one. The greatest k values (B, k). Whether each is above tau (B, k).
-    """
-    width = values.shape[1]
-    top, found = values.topk(k, dim=1)  # which index stands beside which of two equal values is the runtime's choice
-    tau = top[:, -1:]
-    index = torch.arange(width, dtype=torch.int32, device=values.device)
-    countdown = torch.where(is_nan, width - index, 2 * width - index)  # numbers before NaN, then the lower index
-    tail = torch.where(values == tau, countdown, 0).topk(k, dim=1).indices
-    is_above = top > tau
-    slot = torch.arange(k, dtype=torch.int64, device=values.device)
-    # where and not clamp: ONNX has clipping of integers from opset 12 on only.
-    place_in_tail = torch.where(is_above, 0, slot - is_above.to(torch.int64).sum(dim=1, keepdim=True))
-    return torch.where(is_above, found, tail.gather(1, place_in_tail)), top, is_above
-
-
-def _exact_order(values: Tensor, is_nan: Tensor, k: int) -> Tensor:
-    """Order the k best of ``values`` (B, N) as :func:`select_top_k` does: (B, k), int64."""
-    chosen, top, is_above = _exact_set(values, is_nan, k)
-    width = values.shape[1]
-    # Above tau, equal values may stand in any order: sort by the rank of the value and then by index, as one unique
-    # integer. The tail is in order already, and its place stands for its index.
-    key_dtype = torch.int32 if k * width < 2**31 else torch.int64
-    steps = torch.nn.functional.pad((top[:, 1:] < top[:, :-1]).to(key_dtype), (1, 0))
-    slot = torch.arange(k, dtype=torch.int64, device=values.device)
-    key = steps.cumsum(dim=1).to(key_dtype) * width + torch.where(is_above, chosen, slot).to(key_dtype)
-    return chosen.gather(1, (-key).topk(k, dim=1).indices)
-
-
-def _ascending(indices: Tensor, width: int) -> Tensor:
-    """Sort distinct indices (B, k) below ``width`` upwards."""
-    return width - (width - indices).to(torch.int32).topk(indices.shape[1], dim=1).values.to(torch.int64)

@@ -4,6 +4,7 @@ import math
 import warnings
 
 import numpy as np
+import onnx.compose
 import onnxruntime
 import pytest
 import torch
@@ -16,8 +17,11 @@ from torchvision.ops import nms as torchvision_nms
 
 import detpost
 from detpost import DecodeSpec, DetectionPostProcessor, Detections
+from detpost.export.decode_graph import decode_graph
 from detpost.export.torch_exporters import export_torchscript
 from detpost.nms import NonMaximumSuppression, nms
+from detpost.reference.nms import order_portable
+from detpost.selection import select_top_k
 from tests.mixin import assert_same, one_line
 
 NAN, INF = math.nan, math.inf
@@ -244,6 +248,17 @@ class Composed(nn.Module):
         return self.nms(self.post(logits, boxes, image_sizes))
 
 
+class OnTensors(nn.Module):
+    """Suppression with tensors in place of Detections: what an exporter takes."""
+
+    def __init__(self, nms):
+        super().__init__()
+        self.nms = nms
+
+    def forward(self, *parts):
+        return tuple(self.nms(Detections(*parts)))
+
+
 def composed_inputs(batch):
     return torch.randn(batch, 60, 2), torch.rand(batch, 60, 4) * 0.3 + 0.3, torch.full((batch, 2), 100)
 
@@ -282,12 +297,29 @@ def test_the_onnx_graph_is_static_and_gives_the_same():
         assert_same(session(*other)[0], nms(other[0], other[1], 0.5, other[2]))
 
 
-def test_decode_and_suppression_export_to_onnx_together():
+def test_the_exported_order_is_that_of_select_top_k():
+    pool = torch.tensor([math.nan, math.inf, -math.inf, 0.0, -0.0, 1.0, 0.5])
+    for width in (1, 2, 9, 60):
+        for dtype in (torch.float16, torch.float32, torch.float64):
+            rows = pool[torch.randint(len(pool), (7, width))].to(dtype)
+            assert torch.equal(order_portable(rows), select_top_k(rows, width))
+
+
+def test_decode_and_suppression_join_in_one_onnx_graph():
+    decode = decode_graph(Composed().post.spec, 60, 2, opset=17, queries=True)
+    names = ("scores", "labels", "boxes", "queries", "valid")
+    example = tuple(Composed().post(*composed_inputs(2)))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        _, session = exported(Composed(), composed_inputs(2), ["scores", "labels", "boxes", "queries", "valid"])
+        nms, _ = exported(OnTensors(Composed().nms), example, [f"kept_{name}" for name in names])
+    joined = onnx.compose.merge_models(
+        decode, nms, io_map=[(name, f"in{i}") for i, name in enumerate(names)], prefix2="nms/"
+    )
+    session = onnxruntime.InferenceSession(joined.SerializeToString(), providers=["CPUExecutionProvider"])
     other = composed_inputs(3)
-    found, expected = Detections(*session(*other)), Composed()(*other)
+    feed = dict(zip(("pred_logits", "pred_boxes", "image_sizes"), (value.numpy() for value in other), strict=True))
+    found = Detections(*map(torch.from_numpy, session.run([f"nms/kept_{name}" for name in names], feed)))
+    expected = Composed()(*other)
     assert_same(found.valid, expected.valid)
     assert_same(found.queries, expected.queries)
     assert_same(found.labels, expected.labels)

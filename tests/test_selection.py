@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from detpost import select_top_k
 from detpost.kernels.cpu import native, numpy_decode
-from detpost.selection import best_class, select_packed, select_portable, select_stable_sort
+from detpost.reference.nms import order_portable
+from detpost.selection import best_class, select_packed, select_stable_sort
 from tests.mixin import DTYPES, AsModule, one_line
 
 NAN, INF = math.nan, math.inf
@@ -20,7 +21,6 @@ PATHS = {
     "select_top_k": select_top_k,
     "stable_sort": select_stable_sort,
     "packed": select_packed,
-    "portable": select_portable,
 }
 # Called for what they take, by select_top_k.
 KERNELS = {"numpy": numpy_decode.select, **({"native": native.select} if native.missing() is None else {})}
@@ -180,8 +180,7 @@ def scrambled_top_k(values, k, dim=-1, largest=True, sorted=True):
     return Found(best, where)
 
 
-@pytest.mark.parametrize("name", ["packed", "portable"])
-def test_whatever_the_runtime_does_with_ties_the_order_is_the_same(name, monkeypatch):
+def test_whatever_the_runtime_does_with_ties_the_order_is_the_same(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "topk", scrambled_top_k)
     for width, k in [(40, 10), (40, 40), (900, 10), (901, 100)]:
         for _ in range(10):
@@ -189,7 +188,8 @@ def test_whatever_the_runtime_does_with_ties_the_order_is_the_same(name, monkeyp
             rows = torch.where(
                 torch.rand(3, width) < 0.2, torch.tensor([NAN, -INF, -0.0])[torch.randint(3, (3, width))], rows
             )
-            assert torch.equal(PATHS[name](rows, k), numpy_top_k(rows, k))
+            assert torch.equal(select_packed(rows, k), numpy_top_k(rows, k))
+            assert torch.equal(order_portable(rows), numpy_top_k(rows, width))
 
 
 def test_selection_has_no_gradient_and_leaves_its_input_alone():
@@ -261,46 +261,6 @@ def test_a_gpu_chooses_the_same_indices(dtype):
 def test_meta_rows_need_no_values():
     for path in PATHS.values():
         assert path(torch.rand(2, 3000, device="meta"), 7).shape == (2, 7)
-
-
-STANDARD_DOMAINS = {"", "ai.onnx"}
-
-
-@pytest.mark.filterwarnings("ignore")  # the exporter says at length that shapes are constants
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
-@pytest.mark.parametrize(("width", "k"), [(30, 30), (120, 20), (2000, 20), (2001, 250), (9, 12)])
-def test_onnx_runtime_chooses_the_same_indices(width, k, dtype, tmp_path):
-    onnx = pytest.importorskip("onnx")
-    onnxruntime = pytest.importorskip("onnxruntime")
-    path = tmp_path / "select.onnx"
-    torch.onnx.export(
-        AsModule(functools.partial(select_top_k, k=k)).eval(),
-        (quantised(2, width).to(dtype),),
-        path,
-        dynamo=False,
-        opset_version=17,
-        input_names=["scores"],
-        output_names=["indices"],
-        dynamic_axes={"scores": {0: "batch"}, "indices": {0: "batch"}},
-    )
-    model = onnx.load(path)
-    assert {node.domain for node in model.graph.node} <= STANDARD_DOMAINS
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    pool = torch.tensor(adversarial_pool(dtype), dtype=dtype)
-    cases = [
-        quantised(3, width).to(dtype),
-        pool[torch.randint(len(pool), (5, width))],
-        pool[torch.randint(len(pool), (1, width))],
-        torch.full((4, width), NAN, dtype=dtype),
-        torch.zeros(2, width, dtype=dtype) * -1,
-        torch.where(torch.rand(3, width) < 0.01, -INF, NAN).to(dtype),
-    ]
-    for rows in cases:
-        (indices,) = session.run(None, {"scores": rows.numpy()})
-        assert indices.dtype == np.int64
-        assert torch.equal(torch.from_numpy(indices), numpy_top_k(rows, k))
 
 
 def test_the_reference_itself_can_tell_a_wrong_rule():

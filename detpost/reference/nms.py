@@ -18,7 +18,16 @@ from torch.nn import functional as F
 
 from detpost.detections import Detections
 
-__all__ = ["best_first", "compacted", "keep", "keep_ranked", "suppress", "walk_portable", "walk_words"]
+__all__ = [
+    "best_first",
+    "compacted",
+    "keep",
+    "keep_ranked",
+    "order_portable",
+    "suppress",
+    "walk_portable",
+    "walk_words",
+]
 
 _WORD = 8  # boxes per step: one byte of a mask each, so eight of them are one int64
 _EXPORT_WORD = 6
@@ -129,6 +138,24 @@ def walk_words(overlaps: Tensor, free: Tensor) -> Tensor:
     bits = torch.arange(_WORD, dtype=torch.int32, device=overlaps.device)
     found = (torch.stack(kept, dim=1).unsqueeze(-1) >> bits) & 1  # (B, blocks, 8)
     return found.view(batch, blocks * _WORD)[:, :size] == 1
+
+
+def order_portable(scores: Tensor) -> Tensor:
+    """Sort by score as ``select_top_k`` does, whatever a runtime's TopK does with equal ones: the exported form.
+
+    Args:
+        scores: (B, N), floating.
+
+    Returns:
+        (B, N), int64.
+    """
+    count = int(scores.shape[1])
+    is_nan = scores.isnan()
+    numbers = torch.where(is_nan, -math.inf, scores.to(torch.promote_types(scores.dtype, torch.float32)))
+    values, order = numbers.topk(count, dim=1)  # which index stands beside which of two equal values is its choice
+    falls = F.pad((values[:, 1:] < values[:, :-1]).to(torch.int32), (1, 0))
+    run = falls.cumsum(dim=1).to(torch.int32) + count * is_nan.gather(1, order).to(torch.int32)  # NaN behind -inf
+    return order.gather(1, (run * -count - order.to(torch.int32)).topk(count, dim=1).indices)
 
 
 def walk_portable(overlaps: Tensor, free: Tensor) -> Tensor:

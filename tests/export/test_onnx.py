@@ -1,5 +1,6 @@
 """Whole detectors and bare decodes to ONNX."""
 
+import io
 import json
 
 import numpy as np
@@ -229,6 +230,13 @@ def test_what_cannot_be_exported_is_one_line(tmp_path, arguments, options, patte
         to_onnx(model, tmp_path / "out.onnx", *rest, **options)
     assert "\n" not in str(error.value)
     assert not list(tmp_path.iterdir())
+
+
+def test_tracing_a_decode_is_refused_and_the_way_out_named():
+    post = DetectionPostProcessor(DecodeSpec()).eval()
+    example = (torch.zeros(2, 5, 3), torch.zeros(2, 5, 4), torch.ones(2, 2, dtype=torch.int64))
+    with pytest.raises(TypeError, match=r"take detpost\.export\.to_onnx"):
+        torch.onnx.export(post, example, io.BytesIO(), dynamo=False)
 
 
 def test_raw_outputs_name_what_came():
