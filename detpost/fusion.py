@@ -274,7 +274,9 @@ def _as_ensemble_boxes(laid: _Laid, weights: Sequence[float], begins: Tensor, fo
 
     It lists the clusters label by label, labels as they first came, in each as they began; sorts stably; turns round.
     """
-    chosen = begins[0].nonzero()[:, 0]  # of equal scores the later boxes first, as clusters of one label begin
+    # As many boxes as there are clusters, as in the package that it equals: this is the host's edge.
+    # Of equal scores the later boxes come first, as clusters of one label begin.
+    chosen = begins[0].nonzero()[:, 0]  # detpost: allow DP020
     weighted = (laid.scores * _constants(weights, torch.float64, found.device)[laid.lists]).detach()
     chosen = chosen[weighted[0, chosen].argsort(descending=True, stable=True)]
     kinds, kind = laid.labels[0].unique(return_inverse=True)
@@ -421,7 +423,7 @@ def _check_numbers(boxes: Sequence[Tensor], scores: Sequence[Tensor], all_boxes:
     if not bool(all_boxes.isnan().any() | ~all_scores.isfinite().all()):
         return
     for model, (box, score) in enumerate(zip(boxes, scores, strict=True)):
-        bad = (box.isnan().any(dim=1) | ~score.isfinite()).nonzero()
+        bad = (box.isnan().any(dim=1) | ~score.isfinite()).nonzero()  # detpost: allow DP020
         if len(bad):
             row = int(bad[0])
             raise ValueError(
