@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,9 +18,9 @@ from detpost.postprocess import DetectionPostProcessor, DetectorModule
 from detpost.spec import DecodeSpec
 
 if TYPE_CHECKING:
-    from detpost.export.feed import InputKind
+    from detpost.export.opened import OpenedFile
 
-__all__ = ["Detector"]
+__all__ = ["Detector", "detector_of_file"]
 
 BACKENDS = ("eager", "compile", "onnx", "openvino", "cudagraph")
 
@@ -116,7 +116,7 @@ class Detector:
             raise ValueError(f"threshold must lie within [0, 1]; got {threshold}")
         found = look_up(source)
         if found.kind == "file":
-            return _FILES[Path(source).suffix](Path(source), device, threshold)
+            return detector_of_file(_open_file(source, device), threshold)
         if backend in ("onnx", "openvino"):
             return _through_file(source, backend, threshold, trust_remote_code)
         place = _place(device)
@@ -253,100 +253,49 @@ def _in_backend(module: DetectorModule, backend: str, dynamic_size: bool) -> Run
 
 def _through_file(source: str | Path, backend: str, threshold: float, trust_remote_code: bool) -> Detector:
     """Export to a temporary file and open that; both runtimes hold all of it in memory then."""
-    from detpost.export import to_onnx, to_openvino
+    from detpost.export.formats import FORMATS
     from detpost.integrations.transformers import load_detector
 
     loaded = load_detector(source, trust_remote_code=trust_remote_code)
     known: dict[str, Any] = {"preprocessing": loaded.export_preprocessing, "class_names": loaded.class_names}
+    taken = next(entry for entry in FORMATS if entry.name == backend)
     with tempfile.TemporaryDirectory(prefix="detpost-") as folder:
-        if backend == "onnx":
-            written = to_onnx(loaded.model, Path(folder) / "model.onnx", loaded.spec, **known)
-            return _load_onnx(written.path, None, threshold)
-        pair = to_openvino(loaded.model, Path(folder) / "model.xml", loaded.spec, **known)
-        return _load_openvino(pair.path, None, threshold)
+        written = taken.write()(loaded.model, Path(folder) / f"model{taken.ending}", loaded.spec, **known)
+        return detector_of_file(_open_file(written.path, None), threshold)
 
 
-def _load_onnx(path: Path, device: Any, threshold: float) -> Detector:
-    """Open a file of :func:`detpost.export.to_onnx`: its own metadata says the rest."""
-    from detpost.export.artifact import read_metadata
-    from detpost.export.runtime import onnx_inputs, onnx_session
+def _open_file(path: str | Path, device: Any) -> OpenedFile:
+    from detpost.export.opened import open_file
 
-    session = onnx_session(path)
-    metadata = read_metadata(session.get_modelmeta().custom_metadata_map, path)
-    names = ["scores", "labels", "boxes", "valid"]
-
-    def run(feed: dict[str, Any]) -> dict[str, Any]:
-        return dict(zip(names, session.run(names, feed), strict=True))
-
-    return _of_arrays(path, run, onnx_inputs(session), metadata, threshold)
+    return open_file(path, device)
 
 
-def _load_openvino(path: Path, device: Any, threshold: float) -> Detector:
-    """Open a file of :func:`detpost.export.to_openvino`."""
-    from detpost.export.openvino import open_openvino
+def detector_of_file(opened: OpenedFile, threshold: float) -> Detector:
+    """Make a detector of a file: what it says of itself is all that is needed.
 
-    model = open_openvino(path)
-    kinds = {name: (shape, model.dtypes[name]) for name, shape in model.inputs.items()}
-    return _of_arrays(path, model.run, kinds, model.metadata, threshold)
+    Args:
+        opened: of :func:`detpost.export.opened.open_file`.
+        threshold: as for :meth:`Detector.load`.
 
+    Returns:
+        The detector.
 
-def _load_package(path: Path, device: Any, threshold: float) -> Detector:
-    """Open a file of :func:`detpost.export.package`."""
-    from detpost.export.package import open_package, read_package_metadata
+    Raises:
+        ValueError: a file that is no whole detector, or does not say how images become its input.
+    """
+    from detpost.export.feed import Feed, recorded_preprocessing
 
-    metadata = read_package_metadata(path)
-    if "images" not in metadata["inputs"]:
-        raise ValueError(f"{path} is not a whole detector: its inputs are {', '.join(metadata['inputs'])}")
-    opened = open_package(path, device)
+    feed = Feed.of(opened.path, opened.metadata, opened.inputs)
 
     def run(images: Tensor, image_sizes: Tensor, pixel_mask: Tensor | None) -> Detections:
-        return Detections(**opened.run(images, image_sizes))
+        return opened.detections(opened.run(feed(images, image_sizes)))
 
-    return _of_file(path, run, metadata, opened.device, threshold)
-
-
-_FILES: dict[str, Callable[[Path, Any, float], Detector]] = {
-    ".onnx": _load_onnx,
-    ".xml": _load_openvino,
-    ".pt2": _load_package,
-}
-
-
-def _of_arrays(
-    path: Path,
-    run_feed: Callable[[dict[str, Any]], dict[str, Any]],
-    kinds: Mapping[str, InputKind],
-    metadata: dict[str, Any],
-    threshold: float,
-) -> Detector:
-    """Make a detector of a runtime that takes and gives NumPy arrays by name, on the CPU."""
-    from detpost.export.feed import Feed
-
-    feed = Feed.of(path, metadata, kinds)
-
-    def run(images: Tensor, image_sizes: Tensor, pixel_mask: Tensor | None) -> Detections:
-        found = run_feed(feed(images, image_sizes))
-        scores, labels, boxes, valid = (
-            torch.from_numpy(found[name]) for name in ("scores", "labels", "boxes", "valid")
-        )
-        # The query of a detection is no output of every file; predict does not give it.
-        return Detections(scores, labels, boxes, torch.full_like(labels, -1), valid)
-
-    return _of_file(path, run, metadata, torch.device("cpu"), threshold, feed.batch)
-
-
-def _of_file(
-    path: Path, run: Run, metadata: dict[str, Any], device: torch.device, threshold: float, batch: int | None = None
-) -> Detector:
-    """Make a detector of what runs a file and what the file says of itself."""
-    from detpost.export.feed import recorded_preprocessing
-
-    preprocessing = recorded_preprocessing(metadata)
+    preprocessing = recorded_preprocessing(opened.metadata)
     if preprocessing is None:
         raise ValueError(
-            f"{path} does not say how images become its input: write it again with `detpost export` or `attach`"
+            f"{opened.path} does not say how images become its input: write it again with `detpost export` or `attach`"
         )
-    inside = metadata.get("preprocess_inside", False)
+    inside = opened.metadata.get("preprocess_inside", False)
 
     def prepare_as(other: Preprocessing) -> Prepare:
         same_size = replace(other, height=preprocessing.height, width=preprocessing.width)
@@ -357,11 +306,11 @@ def _of_file(
     return Detector(
         run,
         prepare_as(preprocessing),
-        {int(label): name for label, name in metadata["class_names"].items()},
-        device,
+        {int(label): name for label, name in opened.metadata["class_names"].items()},
+        opened.device,
         threshold,
-        batch,
-        DecodeSpec(**metadata["spec"]) if "spec" in metadata else None,
+        feed.batch,
+        DecodeSpec(**opened.metadata["spec"]) if "spec" in opened.metadata else None,
         preprocessing,
-        prepare_as if metadata.get("preprocessing_assumed", False) else None,
+        prepare_as if opened.metadata.get("preprocessing_assumed", False) else None,
     )

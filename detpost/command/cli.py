@@ -13,6 +13,7 @@ from rich.console import Console
 
 import detpost
 from detpost.command import show
+from detpost.export.formats import format_of
 from detpost.integrations.model_names import check_file, look_up
 from detpost.spec import DecodeSpec, presets
 
@@ -27,6 +28,8 @@ PRESET_HELP = f"How the outputs are decoded: {', '.join(presets())}."
 MODEL_HELP = "tiny, a transformers directory or hub id, or an .onnx, .xml or .pt2 file of detpost's."
 BACKEND_HELP = "What runs a transformers detector: eager, compile, onnx, openvino or cudagraph."
 CATEGORIES_HELP = "How classes find their category in the annotations: auto, name, order or label."
+IO_HELP = "Names of inputs and outputs: detpost (by default), rtdetr or efficientnms."
+TIES_HELP = "Equal scores: exact (by default) in every runtime, or left to onnx."
 TRUST_HELP = "Run Python code that comes with the model's weights; only where you trust it."
 
 
@@ -209,8 +212,8 @@ def export(
     model: Annotated[str, typer.Argument(help="tiny, a transformers directory or hub id, or post for a bare decode.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="File to write.")],
     preset: Annotated[str | None, typer.Option(help=PRESET_HELP)] = None,
-    io: Annotated[str, typer.Option(help="Names of inputs and outputs: detpost, rtdetr or efficientnms.")] = "detpost",
-    ties: Annotated[str, typer.Option(help="Equal scores: exact in every runtime, or left to onnx.")] = "exact",
+    io: Annotated[str | None, typer.Option(help=IO_HELP)] = None,
+    ties: Annotated[str | None, typer.Option(help=TIES_HELP)] = None,
     size: Annotated[str | None, typer.Option(help="Network input as HEIGHTxWIDTH; the model's own by default.")] = None,
     queries: Annotated[bool, typer.Option(help="Give the query of each detection too.")] = False,
     keep_raw: Annotated[bool, typer.Option(help="Give pred_logits and pred_boxes too.")] = False,
@@ -221,51 +224,47 @@ def export(
     num_classes: Annotated[int | None, typer.Option(help="C, for a bare decode.")] = None,
     top_k: Annotated[int | None, typer.Option(help="Most detections per image.")] = None,
     score_threshold: Annotated[float | None, typer.Option(help="Detections at or below it are not valid.")] = None,
-    opset: Annotated[int, typer.Option(help="Version of the default operator set.")] = 17,
-    exporter: Annotated[str, typer.Option(help="auto, torchscript or dynamo.")] = "auto",
+    opset: Annotated[int | None, typer.Option(help="Version of the default operator set; 17 by default.")] = None,
+    exporter: Annotated[str | None, typer.Option(help="auto (by default), torchscript or dynamo.")] = None,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help=TRUST_HELP)] = False,
 ) -> None:
     """Export a detector with its post-processing, or a bare decode: .onnx, .xml (OpenVINO) or .pt2 (AOTInductor).
 
-    For .pt2 only the preset, the size and what belongs to the decode count; its batch is free.
+    A .pt2 file takes the preset, the size and what belongs to the decode alone; its batch is free.
     """
+    taken = format_of(out)
+    options = _given(
+        num_queries=num_queries,
+        num_classes=num_classes,
+        image_size=_size(size),
+        dynamic_batch=False if static_batch else None,
+        dynamic_size=dynamic_size or None,
+        io=io,
+        ties=ties,
+        queries=queries or None,
+        keep_raw=keep_raw or None,
+        preprocess_inside=preprocess_inside or None,
+        opset=opset,
+        exporter=exporter,
+    )
+    if unknown := sorted(options.keys() & taken.takes_no):
+        raise ValueError(f"a {taken.ending} file takes no {', '.join(unknown)}: leave it out, or write another format")
     if model != "post":
         look_up(model)
     overrides = _given(top_k=top_k, score_threshold=score_threshold)
     bare = DecodeSpec.preset(preset or "rtdetr", **overrides)
-    image_size = _size(size)
-    from detpost.export import package, to_onnx, to_openvino
-    from detpost.postprocess import DetectionPostProcessor
+    source: Any
+    known: dict[str, Any] = {}
+    if model == "post":
+        from detpost.postprocess import DetectionPostProcessor
 
-    post = model == "post"
-    exported = (
-        (DetectionPostProcessor(bare), None, {}) if post else _detector(model, preset, overrides, trust_remote_code)
-    )
-    source, spec, known = exported
+        source, spec = DetectionPostProcessor(bare), None
+    else:
+        source, spec, known = _detector(model, preset, overrides, trust_remote_code)
+    if taken.name == "package":
+        known = {**known, "example": None}
     with show.steps() as say:
-        if out.suffix == ".pt2":
-            example = _raw_example(num_queries, num_classes) if post else None
-            show.print_package(package(source, example, out, spec, image_size=image_size, progress=say, **known))
-            return
-        written = (to_openvino if out.suffix == ".xml" else to_onnx)(
-            source,
-            out,
-            spec,
-            num_queries=num_queries,
-            num_classes=num_classes,
-            image_size=image_size,
-            dynamic_batch=not static_batch,
-            dynamic_size=dynamic_size,
-            io=cast(Any, io),
-            ties=cast(Any, ties),
-            queries=queries,
-            keep_raw=keep_raw,
-            preprocess_inside=preprocess_inside,
-            opset=opset,
-            exporter=cast(Any, exporter),
-            progress=say,
-            **known,
-        )
+        written = taken.write()(model=source, path=out, spec=spec, progress=say, **options, **known)
     show.print_written(written)
 
 
@@ -279,8 +278,8 @@ def attach(
     listing: Annotated[
         bool, typer.Option("--list", help="List what --logits and --boxes may name, write nothing.")
     ] = False,
-    io: Annotated[str, typer.Option(help="Names of inputs and outputs: detpost, rtdetr or efficientnms.")] = "detpost",
-    ties: Annotated[str, typer.Option(help="Equal scores: exact in every runtime, or left to onnx.")] = "exact",
+    io: Annotated[str, typer.Option(help=IO_HELP)] = "detpost",
+    ties: Annotated[str, typer.Option(help=TIES_HELP)] = "exact",
     queries: Annotated[bool, typer.Option(help="Give the query of each detection too.")] = False,
     keep_raw: Annotated[bool, typer.Option(help="Keep the raw outputs as pred_logits and pred_boxes.")] = False,
     top_k: Annotated[int | None, typer.Option(help="Most detections per image.")] = None,
@@ -401,14 +400,6 @@ def _size(text: str | None) -> tuple[int, int] | None:
     if len(parts) != 2 or not all(part.isdigit() and int(part) for part in parts):
         raise ValueError(f"--size must be HEIGHTxWIDTH, as 640x640; got {text!r}")
     return int(parts[0]), int(parts[1])
-
-
-def _raw_example(num_queries: int | None, num_classes: int | None) -> Any:
-    import torch
-
-    if num_queries is None or num_classes is None:
-        raise ValueError("a bare decode needs --num-queries and --num-classes")
-    return torch.zeros(2, num_queries, num_classes), torch.zeros(2, num_queries, 4)
 
 
 def main() -> None:

@@ -173,16 +173,12 @@ def print_candidates(candidates: Sequence[Any]) -> None:
         console.print("  ".join(filter(None, parts)), highlight=False, markup=False, soft_wrap=True)
 
 
-def print_package(written: Any) -> None:
-    """Print what a .pt2 file takes and gives."""
-    names = f"inputs {', '.join(written.inputs)}; outputs {', '.join(written.outputs)}"
-    console.print(f"{written.path}: {written.kind}, {names}", highlight=False, soft_wrap=True)
-
-
 def print_written(written: Any) -> None:
-    """Print what an .onnx or .xml file takes and gives."""
+    """Print what a file takes and gives, and what was written beside it."""
     for note in written.notes:
         console.print(f"- {note}", highlight=False, markup=False, soft_wrap=True)
     names = f"inputs {', '.join(written.inputs)}; outputs {', '.join(written.outputs)}"
-    opset = f"opset {written.opset}, " if hasattr(written, "opset") else ""
-    console.print(f"{written.path}: {opset}{names}", highlight=False, soft_wrap=True)
+    version = f"opset {written.opset}, " if written.opset else f"{written.kind}, " if written.kind else ""
+    console.print(f"{written.path}: {version}{names}", highlight=False, soft_wrap=True)
+    for path in written.beside:
+        console.print(f"{path}: for the runner", highlight=False, soft_wrap=True)

@@ -1,33 +1,58 @@
-"""One decode in every runtime: ONNX, compiled, packaged, captured, and the proof that they agree."""
+"""One decode in every runtime: ONNX, compiled, packaged, captured, and the proof that they agree.
+
+Names are loaded when they are used: the command looks file endings up here and does not wait for torch.
+"""
 
 from __future__ import annotations
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from detpost.export.artifact import OnnxExport
-from detpost.export.attach import attach
-from detpost.export.compiled import compile
-from detpost.export.cuda_graph import CudaGraph
-from detpost.export.onnx import to_onnx
-from detpost.export.openvino import OpenVinoExport, OpenVinoModel, open_openvino, to_openvino
-from detpost.export.package import OpenPackage, PackageExport, open_package, package
-
 if TYPE_CHECKING:
+    from detpost.export.attachment import attach as attach
+    from detpost.export.compiled import compile as compile
+    from detpost.export.cuda_graph import CudaGraph as CudaGraph
+    from detpost.export.onnx import to_onnx as to_onnx
+    from detpost.export.openvino import OpenVinoModel as OpenVinoModel
+    from detpost.export.openvino import open_openvino as open_openvino
+    from detpost.export.openvino import to_openvino as to_openvino
+    from detpost.export.packaged import OpenPackage as OpenPackage
+    from detpost.export.packaged import open_package as open_package
+    from detpost.export.packaged import package as package
+    from detpost.export.written import WrittenFile as OnnxExport  # noqa: F401
+    from detpost.export.written import WrittenFile as OpenVinoExport  # noqa: F401
+    from detpost.export.written import WrittenFile as PackageExport  # noqa: F401
+    from detpost.export.written import WrittenFile as WrittenFile
     from detpost.verify import VerifyReport as VerifyReport
     from detpost.verify import verify as verify
 
-# Stands above the formats, because it opens them; its public name stays here, and is looked up when it is used.
-_COMPARISON = ("VerifyReport", "verify")
+_HOMES = {
+    "CudaGraph": "detpost.export.cuda_graph:CudaGraph",
+    # Of version 0.1, which had a class for each format.
+    "OnnxExport": "detpost.export.written:WrittenFile",
+    "OpenPackage": "detpost.export.packaged:OpenPackage",
+    "OpenVinoExport": "detpost.export.written:WrittenFile",
+    "OpenVinoModel": "detpost.export.openvino:OpenVinoModel",
+    "PackageExport": "detpost.export.written:WrittenFile",
+    # Stands above the formats, because it opens them; its public name stays here.
+    "VerifyReport": "detpost.verify:VerifyReport",
+    "WrittenFile": "detpost.export.written:WrittenFile",
+    "attach": "detpost.export.attachment:attach",
+    "compile": "detpost.export.compiled:compile",
+    "open_openvino": "detpost.export.openvino:open_openvino",
+    "open_package": "detpost.export.packaged:open_package",
+    "package": "detpost.export.packaged:package",
+    "to_onnx": "detpost.export.onnx:to_onnx",
+    "to_openvino": "detpost.export.openvino:to_openvino",
+    "verify": "detpost.verify:verify",
+}
 
 __all__ = [
     "CudaGraph",
-    "OnnxExport",
     "OpenPackage",
-    "OpenVinoExport",
     "OpenVinoModel",
-    "PackageExport",
     "VerifyReport",
+    "WrittenFile",
     "attach",
     "compile",
     "open_openvino",
@@ -40,8 +65,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in _COMPARISON:
-        return getattr(import_module("detpost.verify"), name)
+    if name in _HOMES:
+        module, _, member = _HOMES[name].partition(":")
+        return getattr(import_module(module), member)
     raise AttributeError(f"module 'detpost.export' has no attribute {name!r}")
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,35 +11,15 @@ from detpost.export.files import write_onnx
 from detpost.export.graph import import_onnx
 from detpost.export.source import first_line
 from detpost.export.surgery import true_inputs
+from detpost.export.written import WrittenFile
 from detpost.spec import DecodeSpec, name_of_preset
 
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["OnnxExport", "describe", "finish", "read_metadata", "recorded_metadata"]
+__all__ = ["describe", "finish", "read_metadata", "recorded_metadata"]
 
 _PREFIX = "detpost."
-
-
-@dataclass(frozen=True)
-class OnnxExport:
-    """What :func:`detpost.export.to_onnx` and :func:`detpost.export.attach` wrote.
-
-    Args:
-        path: the file.
-        opset: its version of the default operator set.
-        exporter: what made the network's part: ``"torchscript"``, ``"dynamo"``, or ``"none"`` where there was none.
-        inputs: names of the inputs, in order.
-        outputs: names of the outputs, in order.
-        notes: what the caller should know: outputs taken, values renamed, an exporter that was passed over and why.
-    """
-
-    path: Path
-    opset: int
-    exporter: str
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-    notes: tuple[str, ...] = ()
 
 
 def describe(
@@ -65,7 +44,7 @@ def finish(
     exporter: str,
     notes: tuple[str, ...] = (),
     folder: Path | None = None,
-) -> OnnxExport:
+) -> WrittenFile:
     """Record the metadata, check the whole graph and write it.
 
     Weights of ``model`` that lie in other files are found in ``folder``.
@@ -88,8 +67,9 @@ def finish(
             raise ValueError(f"the graph does not pass onnx.checker: {first_line(error)}") from error
 
     write_onnx(model, path, folder, check)
-    return OnnxExport(
+    return WrittenFile(
         path=path,
+        format="onnx",
         opset=opset,
         exporter=exporter,
         inputs=tuple(value.name for value in true_inputs(model.graph)),

@@ -68,7 +68,7 @@ class CudaGraph:
         self.max_signatures = max_signatures
         self._lock = threading.Lock()
         self._graphs: OrderedDict[Signature, _Captured] = OrderedDict()
-        self._turn = _Turn()
+        self._order = _StreamOrder()
         if example is not None:
             self(*example)
 
@@ -88,7 +88,7 @@ class CudaGraph:
         """
         device = _device_of(inputs)
         signature = _signature_of(inputs)
-        with self._lock, self._turn.on(device):
+        with self._lock, self._order.on(device):
             captured = self._graph_for(signature, inputs, device)
             captured.fill(inputs)
             captured.replay()
@@ -130,8 +130,8 @@ class _Captured:
                 own.copy_(value.detach(), non_blocking=True)  # detpost: allow DP003
 
 
-class _Turn:
-    """Makes calls from different streams wait for each other on the device: the lock orders the host alone."""
+class _StreamOrder:
+    """Make calls from different streams wait for each other on the device: the lock orders the host alone."""
 
     def __init__(self) -> None:
         self._done: torch.cuda.Event | None = None

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
+import torch
 from torch import Tensor
 
 from detpost.export.beside import preprocessing_beside
@@ -21,13 +21,13 @@ __all__ = [
     "ImageInput",
     "InputKind",
     "find_image_input",
-    "preprocessing_said",
     "record_feed",
     "recorded_preprocessing",
+    "stated_preprocessing",
 ]
 
-# Shape, None where a dimension is free, and NumPy dtype of an input.
-InputKind = tuple[tuple[int | None, ...], Any]
+# Shape, None where a dimension is free, and dtype of an input.
+InputKind = tuple[tuple[int | None, ...], torch.dtype]
 
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
@@ -89,16 +89,16 @@ class Feed:
         """The batch size where it is fixed."""
         return self.kinds[self.images][0][0]
 
-    def __call__(self, images: Tensor, image_sizes: Tensor) -> dict[str, np.ndarray[Any, Any]]:
-        """Give NumPy arrays by name: images (B, 3, H, W) as they were prepared, image sizes (B, 2), and the masks."""
+    def __call__(self, images: Tensor, image_sizes: Tensor) -> dict[str, Tensor]:
+        """Give tensors by name: images (B, 3, H, W) as they were prepared, image sizes (B, 2), and the masks."""
         batch, _, height, width = images.shape
         free = (batch, height, width)
         masks = {
-            name: np.ones([free[axis] if size is None else size for axis, size in enumerate(shape)], dtype)
+            name: torch.ones([free[axis] if size is None else size for axis, size in enumerate(shape)], dtype=dtype)
             for name, (shape, dtype) in ((name, self.kinds[name]) for name in self.ones)
         }
-        pixels = images.numpy().astype(self.kinds[self.images][1])
-        sizes = image_sizes.numpy().astype(self.kinds[self.image_sizes][1])
+        pixels = images.to(self.kinds[self.images][1])
+        sizes = image_sizes.to(self.kinds[self.image_sizes][1])
         return {self.images: pixels, self.image_sizes: sizes, **masks}
 
 
@@ -169,7 +169,7 @@ def record_feed(
     return record, [f"images are {how}, as {who} says"]
 
 
-def preprocessing_said(source: Path, before: Mapping[str, Any]) -> tuple[Preprocessing, str] | None:
+def stated_preprocessing(source: Path, before: Mapping[str, Any]) -> tuple[Preprocessing, str] | None:
     """Give the preprocessing of someone else's file and who says it: the file itself, else what lies beside it.
 
     Args:

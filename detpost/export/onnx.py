@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from detpost.export.artifact import OnnxExport, describe, finish
-from detpost.export.attach import attach_graph
+from detpost.export.artifact import describe, finish
+from detpost.export.attachment import attach_graph
 from detpost.export.decode_graph import (
     OLDEST_OPSET,
     IoNames,
@@ -23,6 +23,7 @@ from detpost.export.graph import import_onnx
 from detpost.export.runtime import onnx_session
 from detpost.export.source import ExportSource, evaluating, first_line
 from detpost.export.torch_exporters import export_torchscript, quiet_exporter
+from detpost.export.written import WrittenFile
 from detpost.images import Preprocessing
 from detpost.postprocess import DetectionPostProcessor, raw_outputs
 from detpost.spec import DecodeSpec
@@ -30,7 +31,7 @@ from detpost.spec import DecodeSpec
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["OnnxExport", "to_onnx"]
+__all__ = ["to_onnx"]
 
 Exporter = Literal["auto", "torchscript", "dynamo"]
 Progress = Callable[[str], None]
@@ -59,7 +60,7 @@ def to_onnx(
     opset: int = DEFAULT_OPSET,
     exporter: Exporter = "auto",
     progress: Progress | None = None,
-) -> OnnxExport:
+) -> WrittenFile:
     """Export a detector with its post-processing, or a post-processor alone, to one ONNX file.
 
     The graph has inputs ``images`` (B, 3, H, W) float32 and ``image_sizes`` (B, 2) int64, (height, width) in pixels,

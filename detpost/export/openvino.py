@@ -9,7 +9,6 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,30 +19,12 @@ from detpost.export.files import replace_when_whole
 from detpost.export.graph import import_onnx
 from detpost.export.onnx import Progress, to_onnx
 from detpost.export.source import first_line
+from detpost.export.written import WrittenFile
 from detpost.spec import DecodeSpec
 
-__all__ = ["OpenVinoExport", "OpenVinoModel", "open_openvino", "to_openvino"]
+__all__ = ["OpenVinoModel", "open_openvino", "to_openvino"]
 
 _RT_INFO = ["detpost", "metadata"]
-
-
-@dataclass(frozen=True)
-class OpenVinoExport:
-    """What :func:`to_openvino` wrote.
-
-    Args:
-        path: the ``.xml`` file.
-        weights: the ``.bin`` file beside it; the two belong together.
-        inputs: names of the inputs, in order.
-        outputs: names of the outputs, in order.
-        notes: what the caller should know of the ONNX export before it.
-    """
-
-    path: Path
-    weights: Path
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-    notes: tuple[str, ...] = ()
 
 
 def to_openvino(
@@ -53,7 +34,7 @@ def to_openvino(
     *,
     progress: Progress | None = None,
     **options: Any,
-) -> OpenVinoExport:
+) -> WrittenFile:
     """Export a detector with its post-processing, or a post-processor alone, to an OpenVINO IR file.
 
     Goes through :func:`detpost.export.to_onnx`, so that inputs, outputs and the exact decode are the same. Weights stay
@@ -96,7 +77,7 @@ def to_openvino(
         return _convert(openvino, exported.path, path, exported.notes, say)
 
 
-def _convert(openvino: Any, source: Path, path: Path, notes: tuple[str, ...], say: Progress) -> OpenVinoExport:
+def _convert(openvino: Any, source: Path, path: Path, notes: tuple[str, ...], say: Progress) -> WrittenFile:
     if not source.is_file():
         raise FileNotFoundError(f"no file {source}")
     metadata = _onnx_metadata(source)
@@ -106,11 +87,12 @@ def _convert(openvino: Any, source: Path, path: Path, notes: tuple[str, ...], sa
     except Exception as error:
         raise ValueError(f"OpenVINO does not take the graph: {first_line(error)}") from error
     if metadata["ties"] == "onnx":
-        _keep_the_promise_of_ties(openvino, model)
+        _make_top_k_stable(openvino, model)
     say("writing the file")
     _write_pair(openvino, model, path, metadata)
-    return OpenVinoExport(
+    return WrittenFile(
         path=path,
+        format="openvino",
         weights=path.with_suffix(".bin"),
         inputs=tuple(value.get_any_name() for value in model.inputs),
         outputs=tuple(value.get_any_name() for value in model.outputs),
@@ -118,7 +100,7 @@ def _convert(openvino: Any, source: Path, path: Path, notes: tuple[str, ...], sa
     )
 
 
-def _keep_the_promise_of_ties(openvino: Any, model: Any) -> None:
+def _make_top_k_stable(openvino: Any, model: Any) -> None:
     """Make the decode's TopK take the lower index first, as ONNX says: OpenVINO does so where told to alone."""
     for node in model.get_ops():
         if node.get_type_name() == "TopK" and node.get_friendly_name().startswith("detpost"):

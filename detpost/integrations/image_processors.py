@@ -86,7 +86,7 @@ def post_process_object_detection(
         target_sizes: (height, width) in pixels of each image, a tensor (B, 2) or a list of pairs; ``None`` leaves boxes
             normalised. OWLv2 pads images to a square and takes the size of the image before that.
         top_k: for the processors that take one (Conditional, DAB, Deformable, LW-DETR: 100; RF-DETR: all queries).
-        use_focal_loss: for RT-DETR and its kin; ``False`` decodes with a softmax over the classes.
+        use_focal_loss: for RT-DETR and the families that follow it; ``False`` decodes with a softmax over the classes.
         family: whose decode it is, where ``outputs`` are not the library's own class: an image processor, a config, a
             model or a ``model_type``.
 

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-__all__ = ["FILE_ENDINGS", "ModelName", "check_file", "look_up", "spelled_alike"]
+from detpost.export.formats import ENDINGS
 
-FILE_ENDINGS = (".onnx", ".xml", ".pt2")
+__all__ = ["ModelName", "check_file", "look_up", "spelled_alike"]
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
@@ -51,7 +51,7 @@ def look_up(source: str | Path) -> ModelName:
         from detpost.zoo import TINY
 
         return ModelName("folder", name, TINY)
-    if path.suffix in FILE_ENDINGS and not path.is_dir():
+    if path.suffix in ENDINGS and not path.is_dir():
         check_file(path)
         return ModelName("file", name, path)
     if path.is_dir():
@@ -60,7 +60,7 @@ def look_up(source: str | Path) -> ModelName:
         return ModelName("folder", name, path)
     if path.exists():
         beside = (path.parent / "config.json").is_file()
-        advice = f"take its folder, {path.parent}" if beside else f"a file ends in {', '.join(FILE_ENDINGS)}"
+        advice = f"take its folder, {path.parent}" if beside else f"a file ends in {', '.join(ENDINGS)}"
         raise OSError(f"no detector at {name!r}: {advice}, or name tiny, a transformers directory or a hub id")
     if not _HUB_ID.fullmatch(name) or path.suffix == ".safetensors":
         raise FileNotFoundError(
@@ -100,4 +100,4 @@ def _detectors_in(folder: Path) -> Iterator[str]:
         entries = sorted(folder.iterdir())
     except (OSError, ValueError):
         return
-    yield from (str(entry) for entry in entries if entry.suffix in FILE_ENDINGS or (entry / "config.json").is_file())
+    yield from (str(entry) for entry in entries if entry.suffix in ENDINGS or (entry / "config.json").is_file())

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from detpost.export.formats import format_of
 from detpost.integrations.model_names import look_up, spelled_alike
 
 if TYPE_CHECKING:
@@ -78,10 +79,7 @@ def check_settings(journal: Journal, settings: Mapping[str, Any], folder: Path) 
 def _model_files(path: Path, trust_remote_code: bool) -> list[Path]:
     """List the files that make a model what it is."""
     if path.is_file():
-        # Weights beside the graph: OpenVINO's .bin, and ONNX's external data in the usual spellings.
-        beside = [path.with_suffix(".bin")] if path.suffix == ".xml" else []
-        beside = [*beside, *(path.with_name(path.name + ending) for ending in (".data", "_data"))]
-        return [path, *(file for file in beside if file.is_file())]
+        return [path, *format_of(path).files_beside(path)]
     endings = ["*.json", "*.safetensors", *(["*.py"] if trust_remote_code else [])]
     return sorted(file for ending in endings for file in path.glob(ending))
 

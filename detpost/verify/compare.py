@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from detpost.detections import Detections
+from detpost.export.opened import NO_QUERIES
 from detpost.postprocess import DetectionPostProcessor
 from detpost.verify.matching import match_detections
 
@@ -196,8 +197,8 @@ def _compare_slots(name: str, one: Detections, other: Detections, image_sizes: T
     if one.scores.shape != other.scores.shape:
         detail = f"{tuple(one.scores.shape)} slots against {tuple(other.scores.shape)}"
         return Check(name, False, max(one.scores.numel(), other.scores.numel()), 0, 0.0, 0.0, detail)
-    # A file without the output `queries` reads -2 throughout; its boxes tell one query from another.
-    known = (one.queries != -2) & (other.queries != -2)
+    # Where a file has no output `queries`, its boxes tell one query from another.
+    known = (one.queries != NO_QUERIES) & (other.queries != NO_QUERIES)
     differs = (one.labels != other.labels) | (one.valid != other.valid) | (known & (one.queries != other.queries))
     agree = ~differs
     scores = torch.where(agree, (one.scores.double() - other.scores.double()).abs(), 0.0)

@@ -17,7 +17,7 @@ from onnx.reference.op_run import OpRun
 from detpost import DecodeSpec, DetectionPostProcessor, boxes, presets
 from detpost.export import decode_graph as module
 from detpost.export import operators, selection_graph
-from detpost.export.attach import attach_graph
+from detpost.export.attachment import attach_graph
 from detpost.export.decode_graph import decode_graph
 from detpost.reference import softmax
 from detpost.selection import best_class, select_stable_sort

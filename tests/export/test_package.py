@@ -13,7 +13,7 @@ from torch import nn
 
 from detpost import DecodeSpec, DetectionPostProcessor, Detector
 from detpost.export import open_package, package
-from detpost.export.package import read_package_metadata
+from detpost.export.packaged import read_package_metadata
 from detpost.images import Preprocessing
 from tests.export.detectors import SmallDetector, adversarial, raw
 from tests.mixin import assert_same, one_line
@@ -191,7 +191,7 @@ class TestRefusals:
         assert (tmp_path / "x.pt2").read_bytes() == b"old"
 
     def test_a_package_that_differs_from_pytorch_is_not_written(self, tmp_path, monkeypatch):
-        module = sys.modules["detpost.export.package"]
+        module = sys.modules["detpost.export.packaged"]
         write = module._write
         other, inputs, _ = module._post_alone(
             DetectionPostProcessor.from_preset("deformable_detr", top_k=9), None, raw(2), None

@@ -107,7 +107,7 @@ def _best_of_row(row: Any, kept: int) -> Any | None:
     groups = _GROUPS_PER_KEPT * kept
     if width < 4 * groups:
         return None if np.isnan(row).any() else _in_order(row, np.arange(width), kept)
-    # Groups of elements far apart: their maxima are maxima of whole slices, which a processor takes in its stride.
+    # Groups of elements far apart: their maxima are maxima of whole slices, which vector instructions take.
     whole = width // groups * groups
     maxima = np.maximum.reduce(row[:whole].reshape(-1, groups), axis=0)
     maxima.partition((groups - kept, groups - 1))

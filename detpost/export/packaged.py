@@ -20,11 +20,12 @@ from detpost.export.files import replace_when_whole
 from detpost.export.onnx import Progress
 from detpost.export.source import ExportSource, evaluating, first_line
 from detpost.export.torch_exporters import quiet_exporter
+from detpost.export.written import WrittenFile
 from detpost.images import Preprocessing
 from detpost.postprocess import DetectionPostProcessor, DetectorModule
 from detpost.spec import DecodeSpec
 
-__all__ = ["OpenPackage", "PackageExport", "open_package", "package", "read_package_metadata"]
+__all__ = ["OpenPackage", "open_package", "package", "read_package_metadata"]
 
 Kind = Literal["aot", "export"]
 
@@ -34,25 +35,6 @@ _POST_INPUTS = ("pred_logits", "pred_boxes", "image_sizes")
 _OUTPUTS = ("labels", "boxes", "scores", "valid", "queries")
 
 
-@dataclass(frozen=True)
-class PackageExport:
-    """What :func:`package` wrote.
-
-    Args:
-        path: the file.
-        kind: ``"aot"`` or ``"export"``.
-        device: type of the device that an ``"aot"`` file runs on; an ``"export"`` file can be moved.
-        inputs: names of the inputs, in order.
-        outputs: names of the outputs, in order.
-    """
-
-    path: Path
-    kind: Kind
-    device: str
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-
-
 def package(
     model: str | Path | nn.Module,
     example: Sequence[Tensor] | None,
@@ -60,11 +42,13 @@ def package(
     spec: DecodeSpec | None = None,
     *,
     kind: Kind = "aot",
+    num_queries: int | None = None,
+    num_classes: int | None = None,
     image_size: tuple[int, int] | None = None,
     preprocessing: Preprocessing | None = None,
     class_names: Mapping[int, str] | None = None,
     progress: Progress | None = None,
-) -> PackageExport:
+) -> WrittenFile:
     """Export a detector with its post-processing, or a post-processor alone, to one ``.pt2`` file.
 
     The file takes ``images`` (B, 3, H, W) float32 and ``image_sizes`` (B, 2) int64, (height, width) in pixels; a
@@ -81,11 +65,14 @@ def package(
         model: ``"tiny"``, a transformers directory or hub id, any module that :func:`detpost.postprocess.raw_outputs`
             can read, or a :class:`DetectionPostProcessor`.
         example: one batch of the inputs, of any batch size, on the device that the file is for: (images,) or (images,
-            image_sizes), or (logits, boxes) or (logits, boxes, image_sizes). ``None`` makes images up, for a detector.
+            image_sizes), or (logits, boxes) or (logits, boxes, image_sizes). ``None`` makes images up, and raw outputs
+            of ``num_queries`` and ``num_classes``.
         path: where to write, ending in ``.pt2``. The file appears whole or not at all.
         spec: how the outputs are decoded; ``None`` takes the family's preset (a plain module needs one).
         kind: ``"aot"`` compiles to machine code (AOTInductor), for this kind of device and processor; ``"export"``
             writes the graph alone (``torch.export.save``), which any machine runs, uncompiled.
+        num_queries: Q, for a post-processor alone without an example.
+        num_classes: C, likewise.
         image_size: (height, width) of the network input; ``None`` takes that of ``example``, else the model's own.
         preprocessing: for a plain module, how images become its input; recorded in the file.
         class_names: the name of each label, recorded in the file; ``None`` takes the model's own.
@@ -112,6 +99,8 @@ def package(
         raise ValueError(f"path must end in .pt2; got {path.name!r}")
     say = progress or (lambda _: None)
     if isinstance(model, DetectionPostProcessor):
+        if example is None and num_queries and num_classes:
+            example = (torch.zeros(2, num_queries, num_classes), torch.zeros(2, num_queries, 4))
         module, inputs, metadata = _post_alone(model, spec, example, class_names)
     else:
         if image_size is None and example:
@@ -130,7 +119,7 @@ def package(
         say("comparing with PyTorch")
         with evaluating(module):
             _compare_with_eager(module, open_package(temporary), inputs)
-    return PackageExport(path, kind, device, names, _OUTPUTS)
+    return WrittenFile(path, "package", names, _OUTPUTS, kind=kind, device=device)
 
 
 class _PostInputs(nn.Module):
@@ -164,7 +153,10 @@ def _post_alone(
     class_names: Mapping[int, str] | None,
 ) -> tuple[nn.Module, tuple[Tensor, ...], dict[str, Any]]:
     if example is None or len(example) not in (2, 3):
-        raise ValueError("a post-processor alone needs an example of (logits, boxes) or (logits, boxes, image_sizes)")
+        raise ValueError(
+            "a post-processor alone needs an example of (logits, boxes) or (logits, boxes, image_sizes), or "
+            "num_queries and num_classes"
+        )
     spec = spec or post.spec
     metadata = {
         **describe(spec, class_names, "detpost", "exact", keep_raw=False),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from detpost.export.artifact import OnnxExport, describe, finish, recorded_metadata
+from detpost.export.artifact import describe, finish, recorded_metadata
 from detpost.export.beside import class_names_of
 from detpost.export.decode_graph import (
     OLDEST_OPSET,
@@ -18,12 +18,13 @@ from detpost.export.decode_graph import (
     io_inputs,
     io_outputs,
 )
-from detpost.export.feed import preprocessing_said, record_feed
+from detpost.export.feed import record_feed, stated_preprocessing
 from detpost.export.graph import import_onnx
 from detpost.export.raw_values import RawValues, find_raw_values
 from detpost.export.source import first_line
 from detpost.export.surgery import cut_behind, free_name, rename_values, true_inputs, value_names
 from detpost.export.weights import read_onnx
+from detpost.export.written import WrittenFile
 from detpost.images import Preprocessing
 from detpost.spec import DecodeSpec, name_of_preset
 
@@ -51,7 +52,7 @@ def attach(
     preprocessing: Preprocessing | None = None,
     class_names: Mapping[int, str] | None = None,
     progress: Callable[[str], None] | None = None,
-) -> OnnxExport:
+) -> WrittenFile:
     """Put post-processing behind an ONNX detector; no PyTorch model is needed.
 
     The source keeps its own input names, operator set, IR version, metadata and batch dimension; ``image_sizes`` (B, 2)
@@ -126,7 +127,7 @@ def attach(
         recorded=before.get("raw_values"),
     )
     names = class_names or before.get("class_names") or class_names_of(Path(src), properties)
-    said = (preprocessing, "the caller") if preprocessing else preprocessing_said(Path(src), before)
+    said = (preprocessing, "the caller") if preprocessing else stated_preprocessing(Path(src), before)
     feed, images = record_feed(true_inputs(attached.model.graph), said, preset, image_size)
     own = {"exporter": "attach", "raw_values": attached.raw_values}
     metadata = {**describe(spec, names, io, ties, keep_raw), **feed, **own}

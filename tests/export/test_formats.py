@@ -1,0 +1,56 @@
+"""One table says which ending is which format: everything that writes or opens files goes by it."""
+
+import subprocess
+import sys
+
+import pytest
+
+from detpost import DetectionPostProcessor
+from detpost.export import OnnxExport, OpenVinoExport, PackageExport, WrittenFile, formats
+from detpost.export.formats import ENDINGS, FORMATS, Format, format_of
+from detpost.export.opened import open_file
+from detpost.integrations.model_names import look_up
+from detpost.verify import verify
+
+
+@pytest.mark.parametrize("entry", FORMATS, ids=lambda entry: entry.name)
+def test_what_a_format_writes_it_opens_and_verify_takes(tmp_path, entry):
+    path = tmp_path / f"post{entry.ending}"
+    post = DetectionPostProcessor.from_preset("rtdetr", top_k=9)
+    options = {"example": None, "kind": "export"} if entry.name == "package" else {}
+    written = entry.write()(model=post, path=path, num_queries=12, num_classes=5, **options)
+    assert isinstance(written, WrittenFile)
+    assert (written.path, written.format) == (path, entry.name)
+    opened = open_file(path)
+    assert opened.is_post_processor
+    assert tuple(opened.inputs) == written.inputs == ("pred_logits", "pred_boxes", "image_sizes")
+    assert opened.inputs["pred_logits"][0] == (None, 12, 5)
+    assert verify(path, post).ok
+    assert look_up(path).kind == "file"
+
+
+def test_endings_are_of_one_format_each_and_others_are_refused(tmp_path):
+    assert len(set(ENDINGS)) == len(FORMATS) == len({entry.name for entry in FORMATS})
+    with pytest.raises(ValueError, match=r"must end in \.onnx, \.xml, \.pt2"):
+        format_of(tmp_path / "model.engine")
+
+
+def test_a_format_is_a_row_of_the_table(tmp_path, monkeypatch):
+    import detpost.export.opened as opened_module
+
+    row = Format("text", ".txt", "unused:unused", "detpost.export.opened:_text", beside=("{stem}.more",))
+    monkeypatch.setattr(formats, "FORMATS", (*FORMATS, row))
+    monkeypatch.setattr(opened_module, "_text", lambda path, device: ("opened", path.name), raising=False)
+    assert open_file(tmp_path / "detector.txt") == ("opened", "detector.txt")
+    (tmp_path / "detector.more").touch()
+    assert row.files_beside(tmp_path / "detector.txt") == [tmp_path / "detector.more"]
+
+
+def test_the_result_classes_of_version_0_1_are_the_one_class():
+    assert OnnxExport is OpenVinoExport is PackageExport is WrittenFile
+
+
+def test_looking_an_ending_up_does_not_wait_for_torch():
+    script = "import sys; from detpost.export.formats import format_of; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip() == "False"
