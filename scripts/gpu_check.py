@@ -55,7 +55,7 @@ def run_part(arguments: list[str], seconds: float) -> tuple[int | None, str]:
 
 def run_tests(device: str, quick: bool) -> dict[str, object]:
     """Run the tests that carry the marker ``gpu``; without a GPU, those of the native kernels."""
-    where = ["-m", "gpu", "tests"] if device == "cuda" else ["tests/kernels/cpu/test_native.py", "-k", "decode"]
+    where = ["-m", "gpu", "tests"] if device == "cuda" else ["tests/kernels/cpu/test_decode.py"]
     arguments = ["-m", "pytest", "-q", "-rfE", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
     status, said = run_part([*arguments, *where], BUDGET_S["tests"] / (2 if quick else 1))
     counts = {name: int(n) for n, name in re.findall(r"(\d+) (passed|failed|skipped|error|errors|deselected)", said)}

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 import torch
 
 from detpost import select_top_k
-from detpost.kernels.cpu import native
+from detpost.kernels.cpu import library
 
 # What each variable can be set to, from the least instructions to the most; "" leaves the choice to the library.
 LEVELS = {
@@ -38,7 +38,7 @@ def expected(environment: Mapping[str, str]) -> dict[str, str | None]:
     native_asked = environment.get("DETPOST_NATIVE") or "avx512"
     aten_asked = "baseline" if environment.get("ATEN_CPU_CAPABILITY") == "default" else "avx512"
     onednn_asked = _ONEDNN_ASKS[environment.get("ONEDNN_MAX_CPU_ISA", "")]
-    built = native.missing() is None
+    built = library.missing() is None
     on_x86 = torch.backends.mkldnn.is_available() and torch.cpu._is_avx2_supported()
     return {
         "C++ kernels": _NATIVE[_least(native_asked)] if built else None,
@@ -63,7 +63,7 @@ def in_use(printed: Callable[[], str]) -> dict[str, str | None]:
     """
     on_x86 = torch.backends.mkldnn.is_available() and torch.cpu._is_avx2_supported()
     return {
-        "C++ kernels": native.instructions() if native.missing() is None else None,
+        "C++ kernels": library.instructions() if library.missing() is None else None,
         "form of the kernels": _form(),
         "oneDNN": _onednn(printed) if on_x86 else None,
         "PyTorch's operators": torch.backends.cpu.get_cpu_capability() if on_x86 else None,
@@ -96,7 +96,7 @@ def skipped(variable: str, value: str) -> str | None:
     asked = {variable: value}
     if value in WIDTHS and WIDTHS.index(value) > WIDTHS.index(widest()):
         return f"this processor has no {_NATIVE[value]}"
-    if (variable == "DETPOST_NATIVE" or value == "native") and (reason := native.missing()) is not None:
+    if (variable == "DETPOST_NATIVE" or value == "native") and (reason := library.missing()) is not None:
         return f"the C++ kernels are {reason}"
     if expected(asked) == expected({}):
         return "the same as it is"

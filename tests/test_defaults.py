@@ -25,7 +25,7 @@ from detpost.heads import DETRPoseKeypoints, InstanceMasks, OrientedBoxes, RFDET
 from detpost.images import Preprocessing, read_image
 from detpost.integrations import kornia as kornia_drop_in
 from detpost.integrations import rfdetr, rtdetr, ultralytics
-from detpost.kernels.cpu import native
+from detpost.kernels.cpu import decode as native_decode
 from detpost.reference import softmax
 from detpost.zoo import sample_images
 from tests.mixin import assert_same
@@ -173,7 +173,7 @@ DEFAULTS = {
 
 def forget():
     """As in a fresh process: whatever is made once is made again."""
-    native._templates.cache_clear()
+    native_decode._templates.cache_clear()
     softmax._tables_on.cache_clear()
 
 

@@ -25,10 +25,10 @@ METHODS = ["nms", "nmm", "wbf"]
 
 @pytest.fixture(params=["native", "aten"])
 def form(request, monkeypatch):
-    from detpost.kernels.cpu import native
+    from detpost.kernels.cpu import library
 
-    if request.param == "native" and native.missing() is not None:
-        pytest.skip(f"the C++ kernels are {native.missing()}")
+    if request.param == "native" and library.missing() is not None:
+        pytest.skip(f"the C++ kernels are {library.missing()}")
     monkeypatch.setenv("DETPOST_KERNEL", request.param)
     return request.param
 

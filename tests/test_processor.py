@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from detpost.kernels.cpu import native
+from detpost.kernels.cpu import library
 from tests import processor
 
 ROOT = Path(__file__).parents[1]
@@ -28,7 +28,7 @@ def test_each_level_differs_from_the_next_or_is_skipped_with_the_reason(variable
 
 def test_levels_that_the_processor_lacks_are_left_out(monkeypatch):
     monkeypatch.setattr(processor, "widest", lambda: "avx2")
-    if native.missing() is None:
+    if library.missing() is None:
         assert processor.skipped("DETPOST_NATIVE", "avx512") == "this processor has no AVX-512"
         assert processor.skipped("DETPOST_NATIVE", "avx2") == "the same as it is"
         assert processor.skipped("DETPOST_NATIVE", "baseline") is None

@@ -11,7 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from detpost import select_top_k
-from detpost.kernels.cpu import native, numpy_decode
+from detpost.kernels.cpu import library, numpy_decode
+from detpost.kernels.cpu import selection as native_selection
 from detpost.reference.nms import order_portable
 from detpost.selection import best_class, select_packed, select_stable_sort
 from tests.mixin import DTYPES, AsModule, one_line
@@ -23,7 +24,7 @@ PATHS = {
     "packed": select_packed,
 }
 # Called for what they take, by select_top_k.
-KERNELS = {"numpy": numpy_decode.select, **({"native": native.select} if native.missing() is None else {})}
+KERNELS = {"numpy": numpy_decode.select, **({"native": native_selection.select} if library.missing() is None else {})}
 
 
 def paths_for(dtype):

@@ -93,11 +93,11 @@ def _compiler() -> Part:
 
 def _kernels() -> list[Part]:
     from detpost import kernels
-    from detpost.kernels.cpu import native
+    from detpost.kernels.cpu import library
 
-    reason = native.missing()
+    reason = library.missing()
     parts = [
-        Part("C++ kernels", True, f"built, {native.instructions()}")
+        Part("C++ kernels", True, f"built, {library.instructions()}")
         if reason is None
         else Part("C++ kernels", False, f"{reason}; NumPy decodes and PyTorch computes the losses meanwhile")
     ]

@@ -25,9 +25,11 @@ import torch
 from torch import Tensor
 
 from detpost.detections import Detections
+from detpost.kernels.cpu import decode as native_decode
 from detpost.kernels.cpu import fusion as native_fusion
-from detpost.kernels.cpu import native, numpy_decode
+from detpost.kernels.cpu import library, numpy_decode
 from detpost.kernels.cpu import nms as native_nms
+from detpost.kernels.cpu import selection as native_selection
 from detpost.reference import fusion as reference_fusion
 from detpost.reference import nms as reference_nms
 from detpost.reference.derivatives import wants_derivative
@@ -71,14 +73,14 @@ def kind_for(device: str) -> str:
 def _kind_for(forced: str, device: str) -> str:
     if forced and forced not in KERNELS:
         raise ValueError(f"{_VARIABLE} must be one of {', '.join(KERNELS)}; got {forced!r}")
-    if forced == "native" and (reason := native.missing()) is not None:
+    if forced == "native" and (reason := library.missing()) is not None:
         raise RuntimeError(f"{_VARIABLE}=native, but detpost's C++ kernels are {reason}")
     if forced == "triton" and importlib.util.find_spec("triton") is None:
         raise RuntimeError(f"{_VARIABLE}=triton, but Triton is not installed: pip install triton")
     if device == "cpu":
         if forced == "triton":
             return "triton" if os.environ.get("TRITON_INTERPRET") == "1" else "aten"
-        return forced or ("native" if native.missing() is None else "numpy")
+        return forced or ("native" if library.missing() is None else "numpy")
     if device == "cuda" and forced == "":
         return "triton" if importlib.util.find_spec("triton") is not None else "aten"
     return "triton" if device == "cuda" and forced == "triton" else "aten"
@@ -203,7 +205,7 @@ def select(scores: Tensor, k: int) -> Tensor | None:
         return None
     kind = _kind_of(scores.device)
     if kind == "native":
-        return native.select(scores, k) if native.takes_scores(scores.dtype) else None
+        return native_selection.select(scores, k) if native_selection.takes_scores(scores.dtype) else None
     if kind == "numpy" and not _is_observed(scores):
         return numpy_decode.select(scores, k) if numpy_decode.takes_scores(scores.dtype) else None
     if kind == "triton":
@@ -234,9 +236,10 @@ def decode(logits: Tensor, boxes: Tensor, image_sizes: Tensor | None, spec: Deco
         return None
     kind = _kind_of(logits.device)
     if kind == "native":
-        if not native.takes_spec(spec) or not native.takes_scores(logits.dtype):
+        if not native_decode.takes_spec(spec) or not native_selection.takes_scores(logits.dtype):
             return None
-        run = native.decode_as_operator if _is_observed(logits, boxes, image_sizes) else native.decode
+        observed = _is_observed(logits, boxes, image_sizes)
+        run = native_decode.decode_as_operator if observed else native_decode.decode
         return run(logits, boxes, image_sizes, spec)
     if kind == "numpy" and not _is_observed(logits, boxes, image_sizes):
         takes = numpy_decode.takes_spec(spec) and numpy_decode.takes_scores(logits.dtype)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from detpost import kernels
-from detpost.kernels.cpu import native
+from detpost.kernels.cpu import erosion as native_erosion
 
 REDUCTIONS = ("mean", "sum", "none")
 # Side lengths of an element: one number, one per spatial axis, or a sequence of these for each image.
@@ -73,7 +73,7 @@ def _refuse_ids_out_of_range(ids: Tensor, num_classes: int) -> Tensor:
 
 def _range_on_cpu(ids: Tensor) -> tuple[int, int]:
     if ids.dtype == torch.int64 and kernels.kind_for("cpu") == "native":
-        return native.id_range(ids)
+        return native_erosion.id_range(ids)
     lowest, highest = torch.aminmax(ids)
     return int(lowest), int(highest)
 

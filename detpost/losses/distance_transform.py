@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from detpost import kernels
-from detpost.kernels.cpu import native
+from detpost.kernels.cpu import distance as native_distance
 from detpost.losses._arguments import Spacing, by_image, exporting, spacings
 from detpost.reference import distance as reference
 
@@ -89,7 +89,7 @@ def squared_distance(inside: Tensor, spacing: tuple[float, ...]) -> tuple[Tensor
     kind = kernels.for_losses(inside)
     if kind == "native":
         unit = max(spacing)
-        return native.squared_distance(inside, [length / unit for length in spacing]), unit
+        return native_distance.squared_distance(inside, [length / unit for length in spacing]), unit
     if kind == "triton":
         from detpost.kernels.triton import distance as triton_distance
 
@@ -115,7 +115,7 @@ def boundary_distance(field: Tensor, spacing: tuple[float, ...]) -> tuple[Tensor
     if kind == "native":
         unit = max(spacing)
         values = field if field.dtype == torch.float32 else (field > 0.5).to(torch.float32)
-        return native.boundary_distance(values, [length / unit for length in spacing]), unit
+        return native_distance.boundary_distance(values, [length / unit for length in spacing]), unit
     inside = field > 0.5
     if kind == "triton":
         from detpost.kernels.triton import distance as triton_distance

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from detpost import kernels
-from detpost.kernels.cpu import native
+from detpost.kernels.cpu import distance as native_distance
+from detpost.kernels.cpu import erosion as native_erosion
 from detpost.losses._arguments import (
     ShapeMismatchError,
     Spacing,
@@ -344,7 +345,7 @@ class _NativeWeightedError(torch.autograd.Function):
         unit = max(spacing)
         steps = [length / unit for length in spacing]
         limit = _largest_difference(values, spacing, alpha)
-        sums, slopes = native.weighted_error(values, truth, steps, unit, alpha, limit, sigmoid)
+        sums, slopes = native_distance.weighted_error(values, truth, steps, unit, alpha, limit, sigmoid)
         elements = math.prod(values.shape[2:])
         return (sums / elements).reshape(*values.shape[:2], *[1] * (values.dim() - 2)), slopes
 
@@ -365,7 +366,7 @@ class _NativeWeightedError(torch.autograd.Function):
             again = _weighted_error(values.sigmoid() if ctx.sigmoid else values, truth, ctx.spacing, ctx.alpha)
             (gradient,) = torch.autograd.grad(again, values, grads[0], create_graph=True)
             return gradient, None, None, None, None
-        return native.scaled(slopes, grads[0] / math.prod(values.shape[2:])), None, None, None, None
+        return native_erosion.scaled(slopes, grads[0] / math.prod(values.shape[2:])), None, None, None, None
 
 
 def _boundary_distance(field: Tensor, spacing: tuple[float, ...], alpha: float) -> Tensor:

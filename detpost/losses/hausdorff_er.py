@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from detpost import kernels
-from detpost.kernels.cpu import native
+from detpost.kernels.cpu import erosion as native_erosion
 from detpost.losses._arguments import check_floating, check_reduction, class_numbers, exporting
 from detpost.reference import erosion as reference
 
@@ -270,7 +270,7 @@ class _NativeErosion(torch.autograd.Function):
         wants_gradient: bool,
     ) -> tuple[Tensor, ...]:
         stencil = reference.STENCIL_WEIGHT[axes]
-        sums, field, unit = native.erosion(
+        sums, field, unit = native_erosion.erosion(
             pred, target, classes, weights, stencil, axes, None, keep_field, wants_gradient and not keep_field
         )
         return field if keep_field else sums.reshape(*sums.shape, *[1] * axes), unit
@@ -293,9 +293,9 @@ class _NativeErosion(torch.autograd.Function):
         poison = (grads[0].sum() + total.sum()) * 0  # as in the plain form; the kernel's own gradients are finite
         if ctx.keep_field:
             stencil = reference.STENCIL_WEIGHT[ctx.axes]
-            found = native.erosion(pred, target, classes, ctx.weights, stencil, ctx.axes, grads[0], False, True)
+            found = native_erosion.erosion(pred, target, classes, ctx.weights, stencil, ctx.axes, grads[0], False, True)
             return found[2] + poison, None, None, None, None, None, None
-        return native.scaled(unit, grads[0] + poison), None, None, None, None, None, None
+        return native_erosion.scaled(unit, grads[0] + poison), None, None, None, None, None, None
 
 
 class _TritonErosion(torch.autograd.Function):

@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from detpost.kernels.cpu import native
+from detpost.kernels.cpu import library
 from detpost.losses import (
     HausdorffDTLoss,
     HausdorffERLoss,
@@ -71,8 +71,8 @@ def thick(step, dtype):
 
 
 def force(kernel, monkeypatch):
-    if kernel == "native" and native.missing() is not None:
-        pytest.skip(f"the C++ kernels are {native.missing()}")
+    if kernel == "native" and library.missing() is not None:
+        pytest.skip(f"the C++ kernels are {library.missing()}")
     monkeypatch.setenv("DETPOST_KERNEL", kernel)
 
 

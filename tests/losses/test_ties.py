@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from detpost.kernels.cpu import native
+from detpost.kernels.cpu import library
 from tests.losses.exact_cases import ALPHA_AND_K, SIDES, case, hold, loss_of, value_and_gradient
 from tests.losses.fields import example
 from tests.reference.exact_erosion import WEIGHTS, exact_erosions
 
-needs_native = pytest.mark.skipif(native.missing() is not None, reason=f"the C++ kernels are {native.missing()}")
+needs_native = pytest.mark.skipif(library.missing() is not None, reason=f"the C++ kernels are {library.missing()}")
 
 
 @pytest.mark.parametrize("sides", SIDES, ids=str)

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <cstdlib>
+#include <limits>
 #include <new>
 
 #if defined(_WIN32)
@@ -13,7 +14,15 @@
 #define DETPOST_EXPORT extern "C" __attribute__((visibility("default")))
 #endif
 
+// What a level compiles for itself stays in its level: a function that is not inlined might be shared between them.
+#define DETPOST_INLINE static inline __attribute__((always_inline))
+
 namespace detpost {
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+// Of scores and logits.
+enum DType : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 
 // Memory that a thread keeps between calls, in slots so that its parts never move each other.
 class Scratch {
@@ -88,6 +97,19 @@ template <typename T>
 T* at_level(T* baseline, T* avx2, T* avx512) {
   return level() == 3 ? avx512 : level() == 2 ? avx2 : baseline;
 }
+
+// For each mask of 8 lanes, the numbers of its set lanes, lowest first.
+struct LaneTable {
+  uint8_t lanes[256][8] = {};
+  constexpr LaneTable() {
+    for (int mask = 0; mask < 256; ++mask) {
+      for (int lane = 0, count = 0; lane < 8; ++lane) {
+        if (mask >> lane & 1) lanes[mask][count++] = static_cast<uint8_t>(lane);
+      }
+    }
+  }
+};
+inline constexpr LaneTable kLaneTable;
 
 // Keeps a product that a sum follows a rounded one: the compiler would fuse the two where the processor can, and peers do
 // not. Nothing is computed by it.

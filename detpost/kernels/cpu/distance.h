@@ -1,5 +1,7 @@
 // The distance transform, and the loss that its distances weigh.
-// Included by native.cpp in the namespace of each instruction set.
+// Included by distance.cpp in the namespace of each instruction set.
+
+#include "arithmetic.h"
 
 constexpr int32_t kFar = 1 << 29;
 

@@ -1,11 +1,13 @@
 // The erosion loss: k erosions of the squared error, and the gradient back through them.
-// Included by native.cpp in the namespace of each instruction set.
+// Included by erosion.cpp in the namespace of each instruction set.
 //
 // Errors are mostly thin: after an erosion or two most of a field is 0, and stays so. Each row keeps the span of what is
 // not, and nothing is computed outside the spans, in either direction: there the stretched field is 0, the gradient is
 // what the loss hands out itself, and none of it passes the threshold.
 //
 // Which elements tie for an extreme is decided up to rounding, as detpost/reference/erosion.py explains.
+
+#include "arithmetic.h"
 
 static void find_range(const int64_t* values, int64_t count, int64_t* range) {
   int64_t least = values[0], greatest = values[0];

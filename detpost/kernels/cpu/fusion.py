@@ -5,12 +5,12 @@ from __future__ import annotations
 import functools
 import struct
 from collections.abc import Callable
-from typing import Any
+from ctypes import c_char_p
 
 import torch
 from torch import Tensor
 
-from detpost.kernels.cpu import native
+from detpost.kernels.cpu import library
 
 __all__ = ["fuse", "fuse_as_operator"]
 
@@ -21,7 +21,7 @@ _DOUBLE = 2
 
 @functools.cache
 def _run() -> Callable[[bytes], None]:
-    run: Callable[[bytes], None] = native.function("detpost_fuse")
+    run: Callable[[bytes], None] = library.function("detpost_fuse", c_char_p)
     return run
 
 
@@ -71,11 +71,9 @@ def _fuse_fake(
     return owners, boxes.new_empty(boxes.shape), scores.new_empty(scores.shape)
 
 
-_OPERATORS: Any = torch.library.Library("detpost", "FRAGMENT")  # type: ignore[no-untyped-call]
-_OPERATORS.define(
+library.register(
     "native_fuse(Tensor boxes, Tensor scores, Tensor? labels, Tensor? valid, float threshold) "
     "-> (Tensor, Tensor, Tensor)",
-    tags=(torch.Tag.pt2_compliant_tag,),
+    fuse,
+    _fuse_fake,
 )
-_OPERATORS.impl("native_fuse", fuse, "CPU")
-torch.library.register_fake("detpost::native_fuse", _fuse_fake, lib=_OPERATORS)

@@ -1,5 +1,6 @@
-// Compiles the kernels of the file DETPOST_FAMILY once for each instruction set, in a namespace of its own; the file
-// includes this one, and guards by DETPOST_KERNELS what is compiled so. DETPOST_BEST(name) is the one to run.
+// Compiles the kernels of the file DETPOST_FAMILY once for each instruction set, in a namespace of its own. A file that
+// holds its own kernels names itself, and guards by DETPOST_KERNELS what is compiled so. DETPOST_BEST(name) is the one to
+// run.
 //
 // Inside the kernels no template of the standard library is used: its instantiations are shared between the three, and the
 // linker might keep one that the processor cannot run.

@@ -136,8 +136,6 @@ DETPOST_EXPORT int detpost_nms(const char* record, const char* rows) {
 
 #else  // the kernels, once per instruction set
 
-#define DETPOST_INLINE static inline __attribute__((always_inline))
-
 typedef float Floats __attribute__((vector_size(DETPOST_REGISTER)));
 typedef double Doubles __attribute__((vector_size(DETPOST_REGISTER)));
 
@@ -278,5 +276,4 @@ static void walk_doubles(const Walk& walk) {
   }
 }
 
-#undef DETPOST_INLINE
 #endif

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import struct
 from collections.abc import Callable
+from ctypes import c_char_p
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from detpost.detections import Detections
-from detpost.kernels.cpu import native
+from detpost.kernels.cpu import library
 from detpost.reference.derivatives import wants_derivative
 
 __all__ = ["keep", "keep_as_operator", "merge", "merge_as_operator", "suppress", "takes_detections"]
@@ -25,7 +26,7 @@ _FLOAT_TYPES = {torch.float32: 1, torch.float64: 2}
 
 @functools.cache
 def _run() -> Callable[[bytes, bytes | None], None]:
-    run: Callable[[bytes, bytes | None], None] = native.function("detpost_nms")
+    run: Callable[[bytes, bytes | None], None] = library.function("detpost_nms", c_char_p, c_char_p)
     return run
 
 
@@ -179,21 +180,14 @@ def _merge_fake(
     return boxes.new_empty(boxes.shape[:2], dtype=torch.bool), boxes.new_empty(boxes.shape, dtype=wide)
 
 
-_OPERATORS: Any = torch.library.Library("detpost", "FRAGMENT")  # type: ignore[no-untyped-call]
-for _schema, _kernel, _fake in (
-    (
-        "native_nms(Tensor boxes, Tensor? scores, Tensor? labels, Tensor? valid, float threshold, bool smaller) "
-        "-> Tensor",
-        keep,
-        _keep_fake,
-    ),
-    (
-        "native_merge(Tensor boxes, Tensor scores, Tensor? labels, Tensor? valid, float threshold, bool smaller) "
-        "-> (Tensor, Tensor)",
-        merge,
-        _merge_fake,
-    ),
-):
-    _name = _OPERATORS.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _OPERATORS.impl(_name, _kernel, "CPU")
-    torch.library.register_fake(f"detpost::{_name}", _fake, lib=_OPERATORS)
+library.register(
+    "native_nms(Tensor boxes, Tensor? scores, Tensor? labels, Tensor? valid, float threshold, bool smaller) -> Tensor",
+    keep,
+    _keep_fake,
+)
+library.register(
+    "native_merge(Tensor boxes, Tensor scores, Tensor? labels, Tensor? valid, float threshold, bool smaller) "
+    "-> (Tensor, Tensor)",
+    merge,
+    _merge_fake,
+)

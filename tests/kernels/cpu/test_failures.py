@@ -5,23 +5,23 @@ import sys
 
 import pytest
 
-from detpost.kernels.cpu import native
+from detpost.kernels.cpu import library
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="the limit on memory is Linux's"),
-    pytest.mark.skipif(native.missing() is not None, reason="no C++ kernels"),
+    pytest.mark.skipif(library.missing() is not None, reason="no C++ kernels"),
 ]
 
 WITHOUT_MEMORY = """
 import resource, sys
 import torch
 from detpost import DecodeSpec
-from detpost.kernels.cpu import native, nms
+from detpost.kernels.cpu import decode, distance, erosion, library, nms, selection
 
 THREADS = {threads}
 torch.set_num_threads(THREADS)
 if not {openmp}:
-    native._openmp_parallel = lambda: None
+    library._openmp_parallel = lambda: None
 logits, boxes = torch.zeros(THREADS, 15_000, 1000), torch.zeros(THREADS, 15_000, 4)
 halves, long = logits.to(torch.bfloat16), torch.ones(1, 1, 1_000_000, 2)
 fields, ids = torch.rand(THREADS, 1, 1500, 1500), torch.ones(THREADS, 1, 1500, 1500, dtype=torch.int64)
@@ -30,15 +30,15 @@ many, scores = torch.zeros(THREADS, 1_500_000, 4), torch.rand(THREADS, 1_500_000
 # Each call needs twice the room and more beside what it is given and gives.
 ROOM = 32 << 20
 CALLS = dict(
-    select=lambda: native.select(logits.flatten(1), 5),
-    decode=lambda: native.decode(halves, boxes, None, DecodeSpec(top_k=5)),
-    decode_with_background=lambda: native.decode(logits, boxes, None, DecodeSpec(top_k=5, background="last")),
-    erosion=lambda: native.erosion(fields, ids, torch.arange(1), [1.0] * 10, 0.2, 2, None, False, True),
-    distance=lambda: native.squared_distance(long > 0, (1.0, 1.0)),
-    boundary_distance=lambda: native.boundary_distance(long, (1.0, 1.0)),
+    select=lambda: selection.select(logits.flatten(1), 5),
+    decode=lambda: decode.decode(halves, boxes, None, DecodeSpec(top_k=5)),
+    decode_with_background=lambda: decode.decode(logits, boxes, None, DecodeSpec(top_k=5, background="last")),
+    erosion=lambda: erosion.erosion(fields, ids, torch.arange(1), [1.0] * 10, 0.2, 2, None, False, True),
+    distance=lambda: distance.squared_distance(long > 0, (1.0, 1.0)),
+    boundary_distance=lambda: distance.boundary_distance(long, (1.0, 1.0)),
     nms=lambda: nms.keep(many, scores, None, None, 0.5, False),
 )
-native.select(torch.rand(THREADS, 40_000), 3)  # the threads are there, and whatever is made once
+selection.select(torch.rand(THREADS, 40_000), 3)  # the threads are there, and whatever is made once
 free = resource.getrlimit(resource.RLIMIT_AS)
 for name, call in CALLS.items():
     used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
@@ -51,7 +51,7 @@ for name, call in CALLS.items():
         sys.exit(name + " needs less memory than this test thinks")
     finally:
         resource.setrlimit(resource.RLIMIT_AS, free)
-    small = native.select(torch.tensor([[1.0, 3.0, 2.0]] * THREADS), 2)
+    small = selection.select(torch.tensor([[1.0, 3.0, 2.0]] * THREADS), 2)
     assert small.tolist() == [[1, 2]] * THREADS, small
 """
 
@@ -74,17 +74,17 @@ def test_memory_that_is_not_given_is_a_memory_error(threads, openmp):
 WITHOUT_THREADS = """
 import resource
 import torch
-from detpost.kernels.cpu import native
+from detpost.kernels.cpu import library, selection
 
-native._openmp_parallel = lambda: None
+library._openmp_parallel = lambda: None
 rows = torch.rand(4, 40_000)
 torch.set_num_threads(4)
 expected = rows.argsort(dim=1, descending=True, stable=True)[:, :5]
-native.missing()
+library.missing()
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 free = resource.getrlimit(resource.RLIMIT_AS)
 resource.setrlimit(resource.RLIMIT_AS, (used + (6 << 20), free[1]))  # less than a thread's stack
-found = native.select(rows, 5)
+found = selection.select(rows, 5)
 resource.setrlimit(resource.RLIMIT_AS, free)
 assert torch.equal(found, expected)
 """
@@ -99,4 +99,4 @@ def test_a_failure_of_any_other_kind_is_a_runtime_error():
     with pytest.raises(
         RuntimeError, match=r"detpost_select of detpost's C\+\+ kernels failed: set DETPOST_KERNEL=aten"
     ):
-        native._raise_failure(2, native.function("detpost_select"), ())
+        library._raise_failure(2, library.function("detpost_select"), ())

@@ -11,14 +11,14 @@ import torch
 
 from detpost import kernels
 from detpost.kernels.cpu import fusion as cpu
-from detpost.kernels.cpu import native
+from detpost.kernels.cpu import library
 from detpost.kernels.cpu import nms as cpu_nms
 from detpost.reference import fusion as reference
 from tests.kernels.cpu.test_nms import odd
 from tests.mixin import assert_same
 from tests.test_nms import crowd
 
-pytestmark = pytest.mark.skipif(native.missing() is not None, reason=f"the C++ kernels are {native.missing()}")
+pytestmark = pytest.mark.skipif(library.missing() is not None, reason=f"the C++ kernels are {library.missing()}")
 
 
 @pytest.mark.parametrize("smaller", [False, True], ids=["of the union", "of the smaller"])
@@ -51,7 +51,7 @@ AT_LEVEL = """
 from fractions import Fraction
 import numpy as np
 import torch
-from detpost.kernels.cpu import fusion as cpu, native, nms as cpu_nms
+from detpost.kernels.cpu import fusion as cpu, library, nms as cpu_nms
 from detpost.reference import fusion as reference
 from detpost.reference import nms as reference_nms
 from tests.kernels.cpu.test_nms import odd
@@ -99,7 +99,7 @@ while True:
 boxes = torch.tensor([[[0.0, 0.0, 0.5, 1.0], [0.0, 0.0, side, 1.0]]], dtype=torch.float64)
 fused = cpu.fuse(boxes, torch.tensor([[1.0, score]], dtype=torch.float64), None, None, 0.1)[1]
 assert fused[0, 0, 2].item() == np.float32(1.0 / (1.0 + score)), fused
-print(native.instructions())
+print(library.instructions())
 """
 
 

@@ -12,14 +12,14 @@ import torch
 from torchvision.ops import nms as torchvision_nms
 
 from detpost import kernels
-from detpost.kernels.cpu import native
+from detpost.kernels.cpu import library
 from detpost.kernels.cpu import nms as cpu
 from detpost.nms import NonMaximumSuppression, nms
 from detpost.reference import nms as reference
 from tests.mixin import assert_same
 from tests.test_nms import best_first, crowd, detections_of
 
-pytestmark = pytest.mark.skipif(native.missing() is not None, reason=f"the C++ kernels are {native.missing()}")
+pytestmark = pytest.mark.skipif(library.missing() is not None, reason=f"the C++ kernels are {library.missing()}")
 
 # Coordinates at which rounding, overflow, underflow and NaN decide.
 ODD = [0.0, -0.0, 1.0, 1 / 3, 0.1, 7.0, 1e-45, 1e-38, 1e-20, 1e19, 3e38, -2.0, math.inf, -math.inf, math.nan]
@@ -88,7 +88,7 @@ AT_LEVEL = """
 import numpy as np
 import torch
 from tests.kernels.cpu.test_nms import odd
-from detpost.kernels.cpu import native, nms as cpu
+from detpost.kernels.cpu import library, nms as cpu
 from detpost.reference import nms as reference
 from tests.test_nms import crowd, reference as of_torchvision
 for seed, count in enumerate((1, 2, 3, 5, 15, 16, 17, 31, 33, 100, 350)):
@@ -109,7 +109,7 @@ for seed, count in enumerate((1, 2, 3, 5, 15, 16, 17, 31, 33, 100, 350)):
         for smaller in (False, True):
             expected = reference.keep(*given, 0.3, smaller)
             assert torch.equal(cpu.keep(*given, 0.3, smaller), expected), (count, dtype, smaller)
-print(native.instructions())
+print(library.instructions())
 """
 
 

@@ -1,0 +1,71 @@
+// From raw logits and boxes to detections.
+
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#include "common.h"
+
+using namespace detpost;
+
+namespace {
+
+thread_local Scratch scratch;
+
+enum SizeType : int { kNoSizes = 0, kSizesFloat32 = 1, kSizesInt32 = 2, kSizesInt64 = 3 };
+enum BoxFormat : int { kCxcywh = 0, kXyxy = 1, kXywh = 2 };
+
+struct DecodeArguments {
+  const void* logits;  // (batch, queries, classes), contiguous
+  int dtype;
+  int64_t queries, classes, kept, background;  // background: a channel, or -1
+  const float* boxes;                          // (batch, queries, 4), contiguous
+  const void* sizes;                           // (batch, 2), (height, width)
+  int size_type, box_format, clip, has_threshold;
+  float threshold;
+  float* out_scores;
+  int64_t* out_labels;
+  float* out_boxes;
+  int64_t* out_queries;
+  uint8_t* out_valid;
+};
+
+}  // namespace
+
+#define DETPOST_FAMILY "decode.h"
+#include "levels.h"
+
+// All its arguments in one record of 8-byte numbers, addresses among them: ctypes spends longer on twenty arguments than
+// the decode of an image does on selecting.
+struct DecodeCall {
+  int64_t logits, dtype, batch, queries, classes, kept, background, boxes, sizes, size_type, box_format, clip;
+  int64_t out_scores, out_labels, out_boxes, out_queries, out_valid, threads, has_threshold;
+  double threshold;
+};
+
+DETPOST_EXPORT int detpost_decode(const char* record) {
+  return outcome_of([&] {
+    DecodeCall call;
+    std::memcpy(&call, record, sizeof call);
+    const DecodeArguments arguments{reinterpret_cast<const void*>(call.logits),
+                                    static_cast<int>(call.dtype),
+                                    call.queries,
+                                    call.classes,
+                                    call.kept,
+                                    call.background,
+                                    reinterpret_cast<const float*>(call.boxes),
+                                    reinterpret_cast<const void*>(call.sizes),
+                                    static_cast<int>(call.size_type),
+                                    static_cast<int>(call.box_format),
+                                    static_cast<int>(call.clip),
+                                    static_cast<int>(call.has_threshold),
+                                    static_cast<float>(call.threshold),
+                                    reinterpret_cast<float*>(call.out_scores),
+                                    reinterpret_cast<int64_t*>(call.out_labels),
+                                    reinterpret_cast<float*>(call.out_boxes),
+                                    reinterpret_cast<int64_t*>(call.out_queries),
+                                    reinterpret_cast<uint8_t*>(call.out_valid)};
+    const bool small = call.batch * call.queries * call.classes < (1 << 16);
+    start(DETPOST_BEST(decode_image), arguments, call.batch, small ? 1 : static_cast<int>(call.threads));
+  });
+}

@@ -1,0 +1,103 @@
+"""The decode in C++ and in NumPy, held to the plain PyTorch form."""
+
+import pytest
+import torch
+
+from detpost import DecodeSpec, DetectionPostProcessor, kernels
+from detpost.kernels.cpu import library, numpy_decode
+from detpost.verify.compare import raw_cases
+
+pytestmark = pytest.mark.skipif(library.missing() is not None, reason=f"the C++ kernels are {library.missing()}")
+
+SPECS = {
+    "plain": DecodeSpec(),
+    "threshold": DecodeSpec(score_threshold=0.3, top_k=50),
+    "clip": DecodeSpec(clip=True, box_format="xywh"),
+    "background first": DecodeSpec(background="first", box_format="xyxy"),
+    "background last": DecodeSpec(background="last", top_k=10_000),
+}
+
+
+@pytest.fixture
+def forced(monkeypatch):
+    return lambda kind: monkeypatch.setenv("DETPOST_KERNEL", kind)
+
+
+def assert_same(found, expected, case):
+    for name in ("labels", "queries", "valid"):
+        assert torch.equal(getattr(found, name), getattr(expected, name)), (case, name)
+    for name in ("scores", "boxes"):
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name), msg=f"{case}: {name}", equal_nan=True)
+
+
+@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("kind", ["native", "numpy"])
+def test_the_decode_is_the_plain_one(forced, kind, name):
+    post = DetectionPostProcessor(SPECS[name])
+    taken = 0
+    for case, (logits, boxes, sizes) in raw_cases(60, 50):
+        variants = {
+            "as it is": (logits, boxes, sizes),
+            "normalised": (logits, boxes, None),
+            "half, float sizes": (logits.half(), boxes.half(), sizes.float() + 0.5),
+            "bfloat16, int32 sizes": (logits.bfloat16(), boxes, sizes.int()),
+            "strided": (logits.transpose(1, 2).contiguous().transpose(1, 2), boxes.flip(1), sizes.flip(0)),
+            "boxes beyond the image": (logits, boxes * 3 - 1, sizes),
+            "a NaN box": (logits, torch.where(boxes > 0.9, torch.nan, boxes), sizes),
+        }
+        for variant, given in variants.items():
+            forced("aten")
+            expected = post(*given)
+            forced(kind)
+            found = kernels.decode(*given, post.spec)
+            if kind == "numpy" and found is None:
+                found = post(*given)
+            else:
+                taken += 1
+            assert_same(found, expected, f"{case}, {variant}")
+    assert taken > 10 or (kind == "numpy" and not numpy_decode.takes_spec(post.spec))
+
+
+def test_gradients_exports_and_double_precision_go_the_plain_way(forced):
+    forced("native")
+    logits, boxes = torch.randn(1, 9, 4), torch.rand(1, 9, 4)
+    spec = DecodeSpec()
+    assert kernels.decode(logits, boxes, None, spec) is not None
+    assert kernels.decode(logits.double(), boxes, None, spec) is None
+    assert kernels.decode(logits, boxes.double(), None, spec) is None
+    assert kernels.decode(logits, boxes.requires_grad_(), None, spec) is None
+    with torch.no_grad():
+        assert kernels.decode(logits, boxes, None, spec) is not None
+    program = torch.export.export(DetectionPostProcessor(spec), (logits, torch.rand(1, 9, 4), torch.ones(1, 2)))
+    assert "detpost" not in str(program.graph)
+    post = DetectionPostProcessor(spec)
+    grads = torch.func.vmap(torch.func.grad(lambda box: post(logits, box, None).boxes.sum()))(torch.rand(2, 1, 9, 4))
+    assert grads.shape == (2, 1, 9, 4)
+
+
+def test_compiled_code_calls_one_operator(forced):
+    forced("native")
+    torch.compiler.reset()
+    seen = []
+
+    def backend(graph, _):
+        seen.append([str(node.target) for node in graph.graph.nodes if node.op == "call_function"])
+        return graph.forward
+
+    post = DetectionPostProcessor.from_preset("rtdetr", score_threshold=0.4)
+    given = torch.randn(2, 40, 30), torch.rand(2, 40, 4), torch.tensor([[10, 20], [30, 40]])
+    compiled = torch.compile(post, fullgraph=True, backend=backend)
+    assert_same(compiled(*given), post(*given), "compiled")
+    assert len(seen) == 1
+    assert sum("native_decode" in target for target in seen[0]) == 1
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 6), (1, 40, 30)])
+def test_operators_keep_their_contract_with_the_compiler(shape):
+    logits, boxes = torch.randn(shape), torch.rand(*shape[:2], 4)
+    test = {"test_schema", "test_faketensor", "test_aot_dispatch_dynamic"}
+    torch.library.opcheck(torch.ops.detpost.native_select, (logits.flatten(1), 7), test_utils=tuple(test))
+    for sizes in (None, torch.ones(shape[0], 2)):
+        torch.library.opcheck(
+            torch.ops.detpost.native_decode, (logits, boxes, sizes, 7, -1, 0, True, 0.5), test_utils=tuple(test)
+        )
