@@ -5,6 +5,7 @@ Names are loaded when they are used, so that ``detpost --help`` and the pytest p
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -64,3 +65,8 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return [*__all__, "__version__"]
+
+
+# A program that torch.export saved finds the type of its results by this.
+if "torch" in sys.modules:
+    import_module("detpost.detections")

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Annotated, Any, cast
 
 import typer
-from rich.console import Console
 
 import detpost
 from detpost.command import show
@@ -22,6 +21,8 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # with it, help waits for a Markdown parser and a highlighter: half a second
+    context_settings={"max_content_width": 120},
 )
 
 PRESET_HELP = f"How the outputs are decoded: {', '.join(presets())}."
@@ -48,7 +49,7 @@ def options(
     """Exact, exportable post-processing for DETR-family detectors."""
 
 
-@app.command()
+@app.command(short_help="Detect digits, export to ONNX, and show that both agree.")
 def demo(
     images: Annotated[
         list[Path] | None, typer.Argument(help="Images; the shipped samples where none are given.")
@@ -66,7 +67,7 @@ def demo(
         raise typer.Exit(1)
 
 
-@app.command()
+@app.command(short_help="Find in-place writes, graph breaks, host syncs, moving shapes.")
 def check(
     targets: Annotated[list[str], typer.Argument(help="Files or folders to read, or package.module:Callable to run.")],
     shape: Annotated[list[str] | None, typer.Option(help="Shape of each input of a callable, as 2,300,80.")] = None,
@@ -84,7 +85,7 @@ def check(
         raise typer.Exit(status)
 
 
-@app.command()
+@app.command(short_help="Detect in a folder of any size; interrupted runs go on.")
 def detect(
     images: Annotated[list[str], typer.Argument(help="Folders, files or glob patterns.")],
     model: Annotated[str, typer.Option(help=MODEL_HELP)] = "tiny",
@@ -137,7 +138,7 @@ def detect(
         raise typer.Exit(1)
 
 
-@app.command()
+@app.command(short_help="Compute COCO's AP and AR.")
 def evaluate(
     annotations: Annotated[Path, typer.Argument(help="COCO ground truth.")],
     results: Annotated[Path | None, typer.Option(help="COCO results file; or take --model and --images.")] = None,
@@ -199,7 +200,7 @@ def evaluate(
     show.print_evaluation(found, per_class)
 
 
-@app.command()
+@app.command(short_help="Print versions, devices, and which optional parts are present.")
 def doctor() -> None:
     """Print versions, devices, and which optional parts are present."""
     from detpost.command.doctor import examine
@@ -207,7 +208,7 @@ def doctor() -> None:
     show.print_parts(examine())
 
 
-@app.command()
+@app.command(short_help="Export a detector with its post-processing, or a bare decode.")
 def export(
     model: Annotated[str, typer.Argument(help="tiny, a transformers directory or hub id, or post for a bare decode.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="File to write.")],
@@ -268,7 +269,7 @@ def export(
     show.print_written(written)
 
 
-@app.command()
+@app.command(short_help="Put post-processing behind an ONNX file of someone else.")
 def attach(
     src: Annotated[Path, typer.Argument(help="An ONNX detector, with post-processing of its own or without.")],
     out: Annotated[Path | None, typer.Option("--out", "-o", help="File to write.")] = None,
@@ -320,7 +321,7 @@ def attach(
     show.print_written(written)
 
 
-@app.command()
+@app.command(short_help="Compare two artifacts; exit status 1 on any difference.")
 def verify(
     artifact: Annotated[str, typer.Argument(help="What to verify: a file of detpost's, a detector, or a preset.")],
     reference: Annotated[str, typer.Argument(help="What it must agree with.")],
@@ -407,6 +408,8 @@ def main() -> None:
     try:
         app()
     except (ImportError, OSError, TypeError, ValueError) as error:
+        from rich.console import Console
+
         # Without markup: the extras that a message names stand in square brackets.
         Console(stderr=True, soft_wrap=True).print(f"error: {error}", highlight=False, markup=False)
         sys.exit(2)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import typer
-from rich import progress as bars
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -81,6 +80,8 @@ def progress(what: str, quiet: bool = False) -> Iterator[Callable[[int, int], No
 
         yield line
         return
+    from rich import progress as bars
+
     columns = [
         bars.TextColumn(what),
         bars.BarColumn(),

@@ -141,10 +141,10 @@ def test_a_users_error_is_one_line_and_status_2(arguments, pattern, monkeypatch,
 
 
 @pytest.mark.parametrize("arguments", [[], ["detect"], ["evaluate"], ["export"], ["check"]], ids=str)
-def test_help_and_version_import_neither_torch_nor_numpy(arguments):
+def test_help_and_version_import_nothing_that_is_slow(arguments):
     program = (
         "import atexit, sys\n"
-        "slow = {'torch', 'numpy', 'PIL', 'transformers', 'onnx'}\n"
+        "slow = {'torch', 'numpy', 'PIL', 'transformers', 'onnx', 'pygments', 'markdown_it'}\n"
         "atexit.register(lambda: print('imported', sorted(slow & set(sys.modules))))\n"
         "from detpost.command.cli import main\n"
         "main()"
