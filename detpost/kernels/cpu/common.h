@@ -14,6 +14,11 @@
 #define DETPOST_EXPORT extern "C" __attribute__((visibility("default")))
 #endif
 
+#if defined(__x86_64__) && defined(__GNUC__)
+#define DETPOST_HAS_V3 1  // instructions beyond the baseline that the processor may have
+#include <immintrin.h>
+#endif
+
 // What a level compiles for itself stays in its level: a function that is not inlined might be shared between them.
 #define DETPOST_INLINE static inline __attribute__((always_inline))
 

@@ -5,10 +5,7 @@
 // Inside the kernels no template of the standard library is used: its instantiations are shared between the three, and the
 // linker might keep one that the processor cannot run.
 
-#if defined(__x86_64__) && defined(__GNUC__)
-#define DETPOST_HAS_V3 1
-#include <immintrin.h>
-#endif
+#include "common.h"
 
 #define DETPOST_KERNELS
 #define DETPOST_FMA 0

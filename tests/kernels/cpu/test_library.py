@@ -92,6 +92,9 @@ print(library.instructions().replace(" ", "_"), digest.hexdigest(), f"{float(val
     assert not [done.stderr[-300:] for done in found if done.returncode]
     said = [done.stdout.split() for done in found]
     assert said[0][0] == "baseline_instructions"
+    has = torch.backends.cpu.get_cpu_capability()  # what PyTorch found of the same processor
+    assert ("AVX" in said[1][0]) == has.startswith("AVX")
+    assert (said[2][0] == "AVX-512") == (has == "AVX512")
     assert said[0][1:] == said[1][1:] == said[2][1:]
 
 
