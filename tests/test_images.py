@@ -5,9 +5,9 @@ import io
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
-from detpost.images import Preprocessing, read_image
+from detpost.images import Preprocessing, TensorRows, opened, read_image, resize
 
 GRADIENT = np.linspace(0, 255, 6 * 8 * 3).astype(np.uint8).reshape(6, 8, 3)
 
@@ -199,3 +199,35 @@ def test_preprocessing_gives_the_size_of_each_original():
     assert batch.shape == (2, 3, 4, 10)
     assert sizes.tolist() == [[6, 8], [20, 5]]
     assert torch.allclose(batch[:, :, 0, 0], torch.tensor([[1.0, 2.0, 0.5], [-1.0, -2.0, -0.5]]))
+
+
+STRIP_MODES = ("1", "L", "P", "RGB", "RGBA", "I;16", "CMYK", "LA")
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("mode", STRIP_MODES)
+def test_strips_are_the_whole_image_whatever_its_mode_and_orientation(tmp_path, monkeypatch, mode, orientation):
+    values = np.random.default_rng(0).integers(0, 256, (37, 53, 3), np.uint8)
+    image = Image.fromarray(values)
+    image = Image.fromarray(values[:, :, 0].astype(np.uint16) * 257) if mode == "I;16" else image.convert(mode)
+    assert image.mode == mode
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / ("x.jpg" if mode == "CMYK" else "x.png")
+    image.save(path, exif=exif)
+    height, width = (53, 37) if orientation > 4 else (37, 53)
+    whole = read_image(path)
+    assert whole.shape == (3, height, width)
+    with Image.open(path) as seen:
+        upright = ImageOps.exif_transpose(seen)
+        if mode != "I;16":
+            assert torch.equal(whole, as_tensor(np.array(upright.convert("RGB"))))
+    resized = TensorRows(whole)
+    expected = resize(resized, 20, 24)
+    with opened(path) as rows:
+        for step in (1, 7, height):
+            strips = [rows.rows(top, min(top + step, height)) for top in range(0, height, step)]
+            assert torch.equal(torch.cat(strips, dim=1), whole), step
+    monkeypatch.setattr("detpost.images.STRIP_PIXELS", 5 * width)  # seven strips and more
+    with opened(path) as rows:
+        assert torch.equal(resize(rows, 20, 24), expected)
