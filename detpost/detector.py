@@ -288,7 +288,7 @@ def detector_of_file(opened: OpenedFile, threshold: float) -> Detector:
     feed = Feed.of(opened.path, opened.metadata, opened.inputs)
 
     def run(images: Tensor, image_sizes: Tensor, pixel_mask: Tensor | None) -> Detections:
-        return opened.detections(opened.run(feed(images, image_sizes)))
+        return opened.detections(opened.run(feed(images, image_sizes)), image_sizes, images)
 
     preprocessing = recorded_preprocessing(opened.metadata)
     if preprocessing is None:

@@ -29,7 +29,7 @@ PRESET_HELP = f"How the outputs are decoded: {', '.join(presets())}."
 MODEL_HELP = "tiny, a transformers directory or hub id, or an .onnx, .xml or .pt2 file of detpost's."
 BACKEND_HELP = "What runs a transformers detector: eager, compile, onnx, openvino or cudagraph."
 CATEGORIES_HELP = "How classes find their category in the annotations: auto, name, order or label."
-IO_HELP = "Names of inputs and outputs: detpost (by default), rtdetr or efficientnms."
+IO_HELP = "What its runner takes: detpost (default), rtdetr, efficientnms, deepstream, ultralytics, frigate, roboflow."
 TIES_HELP = "Equal scores: exact (by default) in every runtime, or left to onnx."
 TRUST_HELP = "Run Python code that comes with the model's weights; only where you trust it."
 

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from detpost.export.attachment import attach as attach
     from detpost.export.compiled import compile as compile
     from detpost.export.cuda_graph import CudaGraph as CudaGraph
+    from detpost.export.layouts import LAYOUTS as LAYOUTS
+    from detpost.export.layouts import Layout as Layout
     from detpost.export.onnx import to_onnx as to_onnx
     from detpost.export.openvino import OpenVinoModel as OpenVinoModel
     from detpost.export.openvino import open_openvino as open_openvino
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "CudaGraph": "detpost.export.cuda_graph:CudaGraph",
+    "LAYOUTS": "detpost.export.layouts:LAYOUTS",
+    "Layout": "detpost.export.layouts:Layout",
     # Of version 0.1, which had a class for each format.
     "OnnxExport": "detpost.export.written:WrittenFile",
     "OpenPackage": "detpost.export.packaged:OpenPackage",
@@ -48,7 +52,9 @@ _HOMES = {
 }
 
 __all__ = [
+    "LAYOUTS",
     "CudaGraph",
+    "Layout",
     "OpenPackage",
     "OpenVinoModel",
     "VerifyReport",

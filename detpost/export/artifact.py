@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from detpost.export.files import write_onnx
+from detpost.export.files import replace_when_whole, write_onnx
 from detpost.export.graph import import_onnx
+from detpost.export.layouts import Layout
 from detpost.export.source import first_line
 from detpost.export.surgery import true_inputs
 from detpost.export.written import WrittenFile
@@ -23,14 +24,15 @@ _PREFIX = "detpost."
 
 
 def describe(
-    spec: DecodeSpec, class_names: Mapping[int, str] | None, io: str, ties: str, keep_raw: bool
+    spec: DecodeSpec, class_names: Mapping[int, str] | None, layout: Layout, ties: str, keep_raw: bool
 ) -> dict[str, Any]:
     """Give the metadata that lets a file be used without knowing where it came from."""
     return {
         "spec": vars(spec),
         "preset": name_of_preset(spec),
         "class_names": {str(label): name for label, name in (class_names or {}).items()},
-        "io": io,
+        "io": layout.name,
+        "layout": layout.to_dict(),
         "ties": ties,
         "raw_outputs": keep_raw,
     }
@@ -41,11 +43,12 @@ def finish(
     path: Path,
     metadata: Mapping[str, Any],
     *,
+    layout: Layout,
     exporter: str,
     notes: tuple[str, ...] = (),
     folder: Path | None = None,
 ) -> WrittenFile:
-    """Record the metadata, check the whole graph and write it.
+    """Record the metadata, check the whole graph and write it, and beside it what the layout's runner needs.
 
     Weights of ``model`` that lie in other files are found in ``folder``.
     """
@@ -56,7 +59,8 @@ def finish(
     recorded = {**metadata, "version": detpost.__version__, "opset": opset}
     kept = [(p.key, p.value) for p in model.metadata_props if not p.key.startswith(_PREFIX)]
     own = [(_PREFIX + key, json.dumps(value)) for key, value in recorded.items()]
-    onnx.helper.set_model_props(model, dict([*kept, *own]))
+    of_runner = layout.properties(metadata) if layout.properties and "preprocessing" in metadata else {}
+    onnx.helper.set_model_props(model, {**dict([*kept, *own]), **of_runner})
     # Operators of another domain have no shape inference that the full check could run.
     standard = all(entry.domain in ("", "ai.onnx") for entry in model.opset_import)
 
@@ -67,6 +71,10 @@ def finish(
             raise ValueError(f"the graph does not pass onnx.checker: {first_line(error)}") from error
 
     write_onnx(model, path, folder, check)
+    texts = layout.files(path, metadata) if layout.files and "preprocessing" in metadata else {}
+    for name, text in texts.items():
+        with replace_when_whole(path.with_name(name)) as temporary:
+            temporary.write_text(text, encoding="utf-8")
     return WrittenFile(
         path=path,
         format="onnx",
@@ -75,6 +83,7 @@ def finish(
         inputs=tuple(value.name for value in true_inputs(model.graph)),
         outputs=tuple(value.name for value in model.graph.output),
         notes=notes,
+        beside=tuple(path.with_name(name) for name in texts),
     )
 
 

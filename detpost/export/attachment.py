@@ -10,16 +10,11 @@ import torch
 
 from detpost.export.artifact import describe, finish, recorded_metadata
 from detpost.export.beside import class_names_of
-from detpost.export.decode_graph import (
-    OLDEST_OPSET,
-    IoNames,
-    Ties,
-    decode_graph,
-    io_inputs,
-    io_outputs,
-)
-from detpost.export.feed import record_feed, stated_preprocessing
+from detpost.export.decode_graph import OLDEST_OPSET, Ties, decode_graph
+from detpost.export.feed import find_image_input, record_feed, recorded_preprocessing, stated_preprocessing
+from detpost.export.front_graph import done_by_runner, put_affine_in_front
 from detpost.export.graph import import_onnx
+from detpost.export.layouts import Layout, layout_of
 from detpost.export.raw_values import RawValues, find_raw_values
 from detpost.export.source import first_line
 from detpost.export.surgery import cut_behind, free_name, rename_values, true_inputs, value_names
@@ -43,7 +38,7 @@ def attach(
     *,
     logits: str | None = None,
     boxes: str | None = None,
-    io: IoNames = "detpost",
+    io: str | Layout = "detpost",
     ties: Ties = "exact",
     queries: bool = False,
     keep_raw: bool = False,
@@ -68,7 +63,7 @@ def attach(
         spec: how the outputs are decoded; ``None`` is the preset.
         logits: name of the logits (B, Q, C), before any activation, an output or a value inside; ``None`` finds them.
         boxes: name of the boxes (B, Q, 4), an output or a value inside; ``None`` finds them.
-        io: names and order of inputs and outputs, as in :func:`to_onnx`.
+        io: what the file's runner takes and gives, as in :func:`to_onnx`; the images keep the source's name.
         ties: as in :func:`to_onnx`.
         queries: whether ``queries`` is an output too.
         keep_raw: whether the raw outputs stay, as ``pred_logits`` and ``pred_boxes``.
@@ -107,6 +102,7 @@ def attach(
         (('features', 'points', 'image_sizes'), ('labels', 'boxes', 'scores', 'valid'))
     """
     say = progress or (lambda _: None)
+    layout = layout_of(io)
     say("reading the source")
     source = read_onnx(Path(src))
     spec = spec or DecodeSpec.preset(preset or "rtdetr")
@@ -119,7 +115,7 @@ def attach(
         spec,
         logits=logits,
         boxes=boxes,
-        io=io,
+        io=layout,
         ties=ties,
         queries=queries,
         keep_raw=keep_raw,
@@ -128,20 +124,44 @@ def attach(
     )
     names = class_names or before.get("class_names") or class_names_of(Path(src), properties)
     said = (preprocessing, "the caller") if preprocessing else stated_preprocessing(Path(src), before)
-    feed, images = record_feed(true_inputs(attached.model.graph), said, preset, image_size)
-    own = {"exporter": "attach", "raw_values": attached.raw_values}
-    metadata = {**describe(spec, names, io, ties, keep_raw), **feed, **own}
+    feed, images = record_feed(true_inputs(attached.model.graph), attached.sizes, said, preset, image_size)
+    if feed and not feed["preprocess_inside"]:
+        feed = _leave_to_runner(attached.model, layout, feed)
+    own = {"exporter": "attach", "raw_values": attached.raw_values, "num_classes": attached.num_classes}
+    metadata = {**describe(spec, names, layout, ties, keep_raw), **feed, **own}
     say("checking and writing the file")
     notes = (*attached.notes, *images)
-    return finish(attached.model, Path(dst), metadata, exporter="none", notes=notes, folder=source.folder)
+    return finish(
+        attached.model, Path(dst), metadata, layout=layout, exporter="none", notes=notes, folder=source.folder
+    )
+
+
+def _leave_to_runner(model: onnx.ModelProto, layout: Layout, feed: Mapping[str, Any]) -> dict[str, Any]:
+    """Do inside the model what the layout's runner cannot, and give the feed that is left."""
+    wanted = recorded_preprocessing(feed)
+    assert wanted is not None
+    left = done_by_runner(layout, wanted)
+    if left != wanted:
+        put_affine_in_front(model, feed["feed"]["images"], wanted, left)
+    return {**feed, "preprocessing": left.to_dict()}
 
 
 class Attached(NamedTuple):
-    """A model with post-processing: what the caller should know of it, and the names of its raw values."""
+    """A model with post-processing.
+
+    Args:
+        model: the model.
+        notes: what the caller should know of it.
+        raw_values: the names of its raw values.
+        num_classes: C.
+        sizes: name of the input with the image sizes; ``None`` where the layout has none.
+    """
 
     model: onnx.ModelProto
     notes: tuple[str, ...]
     raw_values: Mapping[str, str]
+    num_classes: int
+    sizes: str | None
 
 
 def attach_graph(
@@ -150,7 +170,7 @@ def attach_graph(
     *,
     logits: str | None = None,
     boxes: str | None = None,
-    io: IoNames = "detpost",
+    io: str | Layout = "detpost",
     ties: Ties = "exact",
     queries: bool = False,
     keep_raw: bool = False,
@@ -170,13 +190,14 @@ def attach_graph(
     cut = cut_behind(model, (raw.logits, raw.boxes))
     notes = [*notes, *said, *([f"cut off: {cut}"] if str(cut) else [])]
 
-    sizes = io_inputs(io)
-    outputs = io_outputs(io, queries)
+    layout = layout_of(io)
+    sizes = layout.sizes
     input_names = {value.name for value in model.graph.input}
-    if sizes in input_names:
+    if sizes is not None and sizes in input_names:
         sizes = free_name(sizes, value_names(model.graph))
-        notes.append(f"the source has an input {io_inputs(io)} already: the image sizes are {sizes}")
-    reserved = {*outputs, sizes, *(_RAW_OUTPUTS if keep_raw else ())}
+        notes.append(f"the source has an input {layout.sizes} already: the image sizes are {sizes}")
+    named = (*layout.outputs, *([] if sizes is None else [sizes]), *(["queries"] if queries else []))
+    reserved = {*named, *(_RAW_OUTPUTS if keep_raw else ())}
     clash = sorted(reserved & input_names)
     if clash:
         raise ValueError(f"the source has an input named {clash[0]!r}, which detpost needs for an output: rename it")
@@ -192,15 +213,25 @@ def attach_graph(
         raw.num_queries,
         raw.num_classes,
         opset=_opset(model),
-        io=io,
+        io=layout,
         ties=ties,
         queries=queries,
+        input_size=_input_size(model),
         dtypes=raw.dtypes,
         prefix=prefix,
     )
-    rename_values(decode.graph, {**dict(zip(_RAW_OUTPUTS, raw_names, strict=True)), io_inputs(io): sizes})
+    of_sizes = {} if sizes is None or layout.sizes is None else {layout.sizes: sizes}
+    rename_values(decode.graph, {**dict(zip(_RAW_OUTPUTS, raw_names, strict=True)), **of_sizes})
     merged = _merge(onnx, model, decode, raw, raw_names, prefix if keep_raw else None)
-    return Attached(merged, tuple(notes), {"logits": raw_names[0], "boxes": raw_names[1]})
+    return Attached(merged, tuple(notes), {"logits": raw_names[0], "boxes": raw_names[1]}, raw.num_classes, sizes)
+
+
+def _input_size(model: onnx.ModelProto) -> tuple[int, int] | str | None:
+    """Give (height, width) of the images, their input's name where those are free; ``None`` where there is none."""
+    image = find_image_input(true_inputs(model.graph))
+    if image is None:
+        return None
+    return (image.height, image.width) if image.height and image.width else image.name
 
 
 def _opset(model: onnx.ModelProto) -> int:
@@ -242,7 +273,8 @@ def _merge(
     """
     graph = model.graph
     final = list(decode.graph.output)
-    graph.input.append(decode.graph.input[2])  # the image sizes
+    taken = {value.name for value in graph.input}
+    graph.input.extend(value for value in decode.graph.input[2:] if value.name not in taken)  # the image sizes
     graph.node.extend(decode.graph.node)
     graph.initializer.extend(decode.graph.initializer)
     if raw_prefix is not None:
@@ -252,7 +284,8 @@ def _merge(
             final.append(onnx.helper.make_tensor_value_info(name, kind, shape))
     del graph.output[:]
     graph.output.extend(final)
-    for value in (*graph.output, graph.input[-1]):
+    added = [value for value in graph.input if value.name not in taken]
+    for value in (*graph.output, *added):
         _set_batch(value, raw.batch)
     own = [entry for entry in model.opset_import if entry.domain in ("", "ai.onnx")]  # others, onnx knows nothing of
     model.ir_version = max(model.ir_version, onnx.helper.find_min_ir_version_for(own))

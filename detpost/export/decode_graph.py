@@ -7,13 +7,16 @@ float32 and int32; int64 only where ONNX demands it: shapes, the indices of TopK
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from detpost.boxes import BoxFormat
 from detpost.export.graph import Graph, Value, import_onnx
+from detpost.export.layouts import LEAST_LOGIT, NO_LOGIT, Layout, layout_of
 from detpost.export.selection_graph import Chosen, Rows, finite_keys, select, select_by_runner
 from detpost.export.softmax_graph import shares
 from detpost.spec import DecodeSpec
@@ -21,29 +24,11 @@ from detpost.spec import DecodeSpec
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["IoNames", "Ties", "decode_graph", "io_inputs", "io_outputs"]
+__all__ = ["OLDEST_OPSET", "Ties", "decode_graph"]
 
-IoNames = Literal["detpost", "rtdetr", "efficientnms"]
 Ties = Literal["exact", "onnx"]
 
 OLDEST_OPSET = 11  # CumSum came with it
-
-_SIZES_INPUT = {"detpost": "image_sizes", "rtdetr": "orig_target_sizes", "efficientnms": "image_sizes"}
-_OUTPUTS = {
-    "detpost": ("labels", "boxes", "scores", "valid"),
-    "rtdetr": ("labels", "boxes", "scores"),
-    "efficientnms": ("num_dets", "det_boxes", "det_scores", "det_classes"),
-}
-
-
-def io_inputs(io: IoNames) -> str:
-    """Give the name of the image-size input."""
-    return _SIZES_INPUT[io]
-
-
-def io_outputs(io: IoNames, queries: bool) -> tuple[str, ...]:
-    """Give the names of the outputs, in order."""
-    return (*_OUTPUTS[io], *(("queries",) if queries else ()))
 
 
 def decode_graph(
@@ -52,39 +37,51 @@ def decode_graph(
     num_classes: int,
     *,
     opset: int,
-    io: IoNames = "detpost",
+    io: str | Layout = "detpost",
     ties: Ties = "exact",
     queries: bool = False,
+    input_size: tuple[int, int] | str | None = None,
     dtypes: tuple[torch.dtype, torch.dtype] = (torch.float32, torch.float32),
     dynamic_batch: bool = True,
     prefix: str = "detpost/",
 ) -> onnx.ModelProto:
-    """Write the graph ``pred_logits`` (B, Q, C), ``pred_boxes`` (B, Q, 4), sizes (B, 2) -> detections.
+    """Write the graph ``pred_logits`` (B, Q, C), ``pred_boxes`` (B, Q, 4), perhaps sizes (B, 2) -> detections.
 
     Args:
         spec: what the decode does.
         num_queries: Q.
         num_classes: C.
         opset: version of the default operator set, 11 or later.
-        io: names of inputs and outputs.
+        io: names of inputs and outputs, and what they hold.
         ties: whether the graph resolves equal scores itself, or leaves them to ONNX's promise of the lower index.
         queries: whether ``queries`` is an output.
+        input_size: (height, width) of the network's input, or the name of the images (B, 3, H, W), which are an input
+            of this graph then; for layouts whose boxes are in its pixels.
         dtypes: of logits and boxes as they come.
         dynamic_batch: whether B is free; else 1.
         prefix: begins the name of every node and inner value.
 
     Returns:
         The checked model.
+
+    Raises:
+        ValueError: a layout that needs ``input_size``, which is ``None``.
     """
-    decode = _Decode(Graph(opset, prefix), spec, num_queries, num_classes, ties)
+    layout = layout_of(io)
+    if layout.sizes is None and not layout.normalised and input_size is None:
+        raise ValueError(
+            f"io {layout.name!r} gives boxes in pixels of the network's input, whose size is not known: say image_size"
+        )
+    decode = _Decode(Graph(opset, prefix), spec, num_queries, num_classes, ties, layout, input_size)
     g = decode.g
     found = decode.found(_widened(g, "pred_logits", dtypes[0], (num_queries, num_classes)))
     valid = decode.valid(found)
-    boxes = decode.boxes(found, valid, _widened(g, "pred_boxes", dtypes[1], (num_queries, 4)), io)
-    names = io_outputs(io, queries)
-    values = [decode.output(name, found, valid, boxes) for name in names]
-    g.rename(dict(zip(values, names, strict=True)))
-    return _model(decode, names, io, dtypes, "batch" if dynamic_batch else 1)
+    boxes = decode.boxes(found, valid, _widened(g, "pred_boxes", dtypes[1], (num_queries, 4)))
+    outputs = {**layout.outputs, **({"queries": "queries"} if queries else {})}
+    values = {decode.output(held, found, valid, boxes): name for name, held in outputs.items()}
+    g.rename(values)
+    g.drop_unused(list(outputs))
+    return _model(decode, outputs, dtypes, "batch" if dynamic_batch else 1)
 
 
 class _Found(NamedTuple):
@@ -100,12 +97,23 @@ class _Found(NamedTuple):
 class _Decode:
     """What every part of the graph is written from."""
 
-    def __init__(self, g: Graph, spec: DecodeSpec, queries: int, classes: int, ties: Ties) -> None:
+    def __init__(
+        self,
+        g: Graph,
+        spec: DecodeSpec,
+        queries: int,
+        classes: int,
+        ties: Ties,
+        layout: Layout,
+        input_size: tuple[int, int] | str | None,
+    ) -> None:
         self.g = g
         self.spec = spec
         self.queries = queries
         self.classes = classes
         self.ties = ties
+        self.layout = layout
+        self.input_size = input_size
         self.kept = min(spec.top_k, queries * classes if spec.selection == "flat" else queries)
         self.background = {"none": -1, "first": 0, "last": classes - 1}[spec.background]  # its channel
 
@@ -124,8 +132,8 @@ class _Decode:
             logits = g.node("Where", found.is_number, found.logits, float("-inf"))
             return g.node("Greater", logits, _threshold_logit(threshold))
 
-    def boxes(self, found: _Found, valid: Value, boxes: Value, io: IoNames) -> Value:
-        """Write the boxes (B, K, 4) of the kept queries, in pixels, 0 where not valid.
+    def boxes(self, found: _Found, valid: Value, boxes: Value) -> Value:
+        """Write the boxes (B, K, 4) of the kept queries, in pixels or of an image of size 1, 0 where not valid.
 
         As four tables of B rows of K numbers: ONNX Runtime handles many rows of four at a tenth of the speed.
         """
@@ -134,30 +142,75 @@ class _Decode:
             places = g.node("Expand", found.queries, g.constant([4, 1, 1]))
             sides = g.node("GatherElements", g.node("Transpose", boxes, perm=[2, 0, 1]), places, axis=2)
             sides = _corners(g, sides, self.spec)
-            sizes = g.node("Transpose", g.cast(io_inputs(io), "FLOAT"), perm=[1, 0])
-            width, height = (0, 1) if io == "rtdetr" else (1, 0)  # RT-DETR's runners give (width, height)
-            limits = g.unsqueeze(g.node("Gather", sizes, g.constant([width, height, width, height]), axis=0), 2)
-            sides = g.node("Mul", sides, limits)
+            limits = self._limits()
+            if limits is not None:
+                sides = g.node("Mul", sides, limits)
             if self.spec.clip:
-                sides = g.node("Min", g.node("Max", sides, 0.0), limits)
+                sides = g.node("Min", g.node("Max", sides, 0.0), 1.0 if limits is None else limits)
+            sides = _from_corners(g, sides, self.layout.box_format)
             return g.node("Transpose", g.node("Where", valid, sides, 0.0), perm=[1, 2, 0])
 
-    def output(self, name: str, found: _Found, valid: Value, boxes: Value) -> Value:
-        """Write what an output of that name holds; slots that are not valid read label and query -1, score 0."""
+    def _limits(self) -> Value | None:
+        """Write width, height, width, height (4, B or 1, 1); ``None`` where they are 1."""
+        g = self.g
+        if self.layout.sizes is not None:
+            sizes = g.node("Transpose", g.cast(self.layout.sizes, "FLOAT"), perm=[1, 0])
+            width, height = (0, 1) if self.layout.sizes_order == "wh" else (1, 0)
+            return g.unsqueeze(g.node("Gather", sizes, g.constant([width, height, width, height]), axis=0), 2)
+        if self.layout.normalised:
+            return None
+        if isinstance(self.input_size, str):
+            sides = g.node("Gather", g.node("Shape", self.input_size), g.constant([3, 2, 3, 2]), axis=0)
+            return g.reshape(g.cast(sides, "FLOAT"), [4, 1, 1])
+        assert self.input_size is not None
+        height, width = self.input_size
+        return g.constant(np.array([width, height, width, height], np.float32)[:, None, None])
+
+    def output(self, held: str | tuple[str, ...], found: _Found, valid: Value, boxes: Value) -> Value:
+        """Write an output: one part, or several side by side in float32."""
         g = self.g
         with g.part("outputs"):
-            if name in ("boxes", "det_boxes"):
-                return boxes
-            if name == "valid":
-                return valid
-            if name == "num_dets":
-                return g.cast(g.sum(g.indicator(valid), 1, keep=True), "INT32")
-            if name in ("scores", "det_scores"):
-                if found.is_number is None and self.spec.score_threshold is None:
-                    return g.node("Relu", found.scores)  # what is not valid has a negative one
-                return g.node("Where", valid, found.scores, 0.0)
-            whole = g.node("Where", valid, found.queries if name == "queries" else found.labels, -1)
-            return whole if name == "det_classes" else g.cast(whole, "INT64")
+            if isinstance(held, str):
+                return self._part_of(held, found, valid, boxes)
+            values = []
+            for part in held:
+                value = self._part_of(part, found, valid, boxes, in_row=True)
+                values.append(value if part == "boxes" else g.unsqueeze(value, 2))
+            return g.node("Concat", *values, axis=2)
+
+    def _part_of(self, part: str, found: _Found, valid: Value, boxes: Value, in_row: bool = False) -> Value:
+        """Write a part of detections; where not valid, query -1, score 0 and the layout's label for that."""
+        g = self.g
+        if part == "boxes":
+            return boxes
+        if part == "valid":
+            return g.indicator(valid) if in_row else valid
+        if part == "count":
+            return g.cast(g.sum(g.indicator(valid), 1, keep=True), "INT32")
+        if part == "class_logits":
+            return self._class_logits(found, valid)
+        if part == "scores":
+            if found.is_number is None and self.spec.score_threshold is None:
+                return g.node("Relu", found.scores)  # what is not valid has a negative one
+            return g.node("Where", valid, found.scores, 0.0)
+        if part == "queries":
+            return g.cast(g.node("Where", valid, found.queries, -1), "FLOAT" if in_row else "INT64")
+        labels = g.node("Where", valid, found.labels, self.layout.empty_label)
+        if in_row:
+            return g.cast(labels, "FLOAT")
+        return g.cast(labels, "INT64") if self.layout.label_dtype == "int64" else labels
+
+    def _class_logits(self, found: _Found, valid: Value) -> Value:
+        """Write logits (B, K, C) whose sigmoid is the score at the label, and 0 elsewhere."""
+        g = self.g
+        logits = found.logits
+        if self.spec.activation == "softmax":
+            share = g.node("Relu", found.scores)
+            logits = g.node("Sub", g.node("Log", share), g.node("Log", g.node("Sub", 1.0, share)))
+        logits = g.node("Max", logits, LEAST_LOGIT)
+        labels = g.cast(g.node("Where", valid, found.labels, -1), "FLOAT")
+        chosen = g.node("Equal", g.unsqueeze(labels, 2), np.arange(self.classes, dtype=np.float32)[None, None])
+        return g.node("Where", chosen, g.unsqueeze(logits, 2), NO_LOGIT)
 
     def _sigmoid(self, logits: Value) -> _Found:
         g = self.g
@@ -309,6 +362,17 @@ def _corners(g: Graph, sides: Value, spec: DecodeSpec) -> Value:
     return g.node("Concat", g.node("Sub", first, half), g.node("Add", first, half), axis=0)
 
 
+def _from_corners(g: Graph, sides: Value, box_format: BoxFormat) -> Value:
+    """Write corners (4, B, K) as boxes of any format."""
+    if box_format == "xyxy":
+        return sides
+    first, last = g.halves(sides, 0, 4)
+    size = g.node("Sub", last, first)
+    if box_format == "cxcywh":
+        first = g.node("Add", first, g.node("Mul", size, 0.5))
+    return g.node("Concat", first, size, axis=0)
+
+
 @functools.cache
 def _threshold_logit(threshold: float) -> float:
     """Give the greatest float32 logit whose score, as eager PyTorch rounds it, is not above the threshold.
@@ -343,35 +407,45 @@ def _from_code(code: int) -> float:
 
 
 def _model(
-    decode: _Decode, names: tuple[str, ...], io: IoNames, dtypes: tuple[torch.dtype, torch.dtype], batch: str | int
+    decode: _Decode,
+    outputs: Mapping[str, str | tuple[str, ...]],
+    dtypes: tuple[torch.dtype, torch.dtype],
+    batch: str | int,
 ) -> onnx.ModelProto:
     onnx = import_onnx()
     helper, kinds = onnx.helper, onnx.TensorProto
-    g, queries, kept = decode.g, decode.queries, decode.kept
+    g, queries, layout = decode.g, decode.queries, decode.layout
     inputs = [
         helper.make_tensor_value_info("pred_logits", _element_type(onnx, dtypes[0]), [batch, queries, decode.classes]),
         helper.make_tensor_value_info("pred_boxes", _element_type(onnx, dtypes[1]), [batch, queries, 4]),
-        helper.make_tensor_value_info(io_inputs(io), kinds.INT64, [batch, 2]),
     ]
-    described = {
-        "boxes": (kinds.FLOAT, [batch, kept, 4]),
-        "det_boxes": (kinds.FLOAT, [batch, kept, 4]),
-        "scores": (kinds.FLOAT, [batch, kept]),
-        "det_scores": (kinds.FLOAT, [batch, kept]),
-        "valid": (kinds.BOOL, [batch, kept]),
-        "num_dets": (kinds.INT32, [batch, 1]),
-        "det_classes": (kinds.INT32, [batch, kept]),
-        "labels": (kinds.INT64, [batch, kept]),
-        "queries": (kinds.INT64, [batch, kept]),
-    }
-    outputs = [helper.make_tensor_value_info(name, *described[name]) for name in names]
-    graph = helper.make_graph(g.nodes, "detpost", inputs, outputs, g.constants)
+    if layout.sizes is not None:
+        inputs.append(helper.make_tensor_value_info(layout.sizes, kinds.INT64, [batch, 2]))
+    if isinstance(decode.input_size, str):
+        inputs.append(helper.make_tensor_value_info(decode.input_size, kinds.FLOAT, [batch, 3, "height", "width"]))
+    described = [_described(decode, name, held, batch) for name, held in outputs.items()]
+    graph = helper.make_graph(g.nodes, "detpost", inputs, described, g.constants)
     opsets = [helper.make_opsetid("", g.opset)]
     model = helper.make_model(
         graph, opset_imports=opsets, ir_version=helper.find_min_ir_version_for(opsets), producer_name="detpost"
     )
     onnx.checker.check_model(model, full_check=True)
     return model
+
+
+def _described(decode: _Decode, name: str, held: str | tuple[str, ...], batch: str | int) -> onnx.ValueInfoProto:
+    """Give the dtype and shape of an output."""
+    from onnx import helper
+
+    layout, kept = decode.layout, decode.kept
+    if not isinstance(held, str):
+        dtype, shape = "float32", [batch, kept, layout.columns(name)]
+    else:
+        dtypes = {"labels": layout.label_dtype, "valid": "bool", "queries": "int64", "count": "int32"}
+        lasts = {"boxes": [4], "class_logits": [decode.classes]}
+        dtype = dtypes.get(held, "float32")
+        shape = [batch, 1] if held == "count" else [batch, kept, *lasts.get(held, [])]
+    return helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(np.dtype(dtype)), shape)
 
 
 def _element_type(onnx: Any, dtype: torch.dtype) -> int:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from detpost.export.beside import preprocessing_beside
+from detpost.export.layouts import recorded_layout
 from detpost.images import Preprocessing
 
 if TYPE_CHECKING:
@@ -59,30 +60,32 @@ class Feed:
 
     Args:
         images: name and kind of the image input, (B, 3, H, W).
-        image_sizes: name of the image sizes, (B, 2).
+        image_sizes: name of the image sizes, (B, 2), where the file takes them.
+        kinds: shape and dtype of each.
+        width_first: whether sizes are (width, height).
         ones: inputs that are 1 throughout: masks of the pixels that are no padding.
     """
 
     images: str
-    image_sizes: str
+    image_sizes: str | None
     kinds: Mapping[str, InputKind]
     ones: tuple[str, ...] = ()
+    width_first: bool = False
 
     @classmethod
     def of(cls, path: Path, metadata: Mapping[str, Any], kinds: Mapping[str, InputKind]) -> Feed:
         """Read what a file records, and hold it to the inputs that the file has.
 
         Raises:
-            ValueError: a file with the names of other runners, or inputs that nobody here can fill.
+            ValueError: a post-processor alone, or inputs that nobody here can fill.
         """
-        recorded = metadata.get("feed", {"images": "images", "image_sizes": "image_sizes", "ones": []})
+        layout = recorded_layout(metadata)
+        recorded = metadata.get("feed", {"images": "images", "image_sizes": layout.sizes, "ones": []})
         known = {recorded["images"], recorded["image_sizes"], *recorded["ones"]}
-        if metadata["io"] != "detpost" or recorded["images"] not in kinds or not known >= set(kinds):
-            names = ", ".join(kinds)
-            raise ValueError(
-                f"{path} is not a whole detector with detpost's own names and images alone: its inputs are {names}"
-            )
-        return cls(recorded["images"], recorded["image_sizes"], kinds, tuple(recorded["ones"]))
+        if recorded["images"] not in kinds or not known >= set(kinds):
+            raise ValueError(f"{path} is not a whole detector of images alone: its inputs are {', '.join(kinds)}")
+        width_first = layout.sizes_order == "wh"
+        return cls(recorded["images"], recorded["image_sizes"], kinds, tuple(recorded["ones"]), width_first)
 
     @property
     def batch(self) -> int | None:
@@ -97,9 +100,11 @@ class Feed:
             name: torch.ones([free[axis] if size is None else size for axis, size in enumerate(shape)], dtype=dtype)
             for name, (shape, dtype) in ((name, self.kinds[name]) for name in self.ones)
         }
-        pixels = images.to(self.kinds[self.images][1])
-        sizes = image_sizes.to(self.kinds[self.image_sizes][1])
-        return {self.images: pixels, self.image_sizes: sizes, **masks}
+        given = {self.images: images.to(self.kinds[self.images][1]), **masks}
+        if self.image_sizes is not None:
+            sizes = image_sizes.flip(1) if self.width_first else image_sizes
+            given |= {self.image_sizes: sizes.to(self.kinds[self.image_sizes][1])}
+        return given
 
 
 @dataclass(frozen=True)
@@ -128,6 +133,7 @@ def find_image_input(inputs: list[onnx.ValueInfoProto]) -> ImageInput | None:
 
 def record_feed(
     inputs: list[onnx.ValueInfoProto],
+    sizes: str | None,
     said: tuple[Preprocessing, str] | None,
     preset: str,
     image_size: tuple[int, int] | None = None,
@@ -135,7 +141,8 @@ def record_feed(
     """Give the metadata that says how images become a graph's inputs, and what the caller should know of it.
 
     Args:
-        inputs: the graph's; the last is the image sizes.
+        inputs: the graph's.
+        sizes: name of the image sizes among them; ``None`` where there are none.
         said: the preprocessing and who says so; ``None`` assumes what the preset's detectors were trained on.
         preset: the detector's family.
         image_size: (height, width) where the graph leaves it free.
@@ -143,9 +150,8 @@ def record_feed(
     Returns:
         Metadata, and notes. A note alone where no input takes images.
     """
-    sizes = inputs[-1].name
-    image = find_image_input(inputs[:-1])
-    others = [value.name for value in inputs[:-1] if image and value.name != image.name]
+    image = find_image_input([value for value in inputs if value.name != sizes])
+    others = [value.name for value in inputs if image and value.name not in (image.name, sizes)]
     unknown = [name for name in others if _MASK_WORD not in name.lower()]
     if image is None or unknown:
         reason = f"what its input {unknown[0]!r} wants is not known" if image else "no input is images (B, 3, H, W)"

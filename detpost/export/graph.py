@@ -121,6 +121,11 @@ class Graph:
         """Give 1.0 where a condition holds, else 0.0."""
         return self.cast(condition, "FLOAT")
 
+    def identity(self, value: Value, name: str) -> onnx.NodeProto:
+        """Make a node that gives a value another name; it is not written."""
+        node: onnx.NodeProto = self._onnx.helper.make_node("Identity", [value], [name], name=f"{self.prefix}Identity")
+        return node
+
     def rename(self, names: dict[Value, str]) -> None:
         """Give values other names, as those of the graph's outputs."""
         for node in self.nodes:
@@ -128,6 +133,17 @@ class Graph:
                 replaced = [names.get(value, value) for value in values]
                 del values[:]
                 values.extend(replaced)
+
+    def drop_unused(self, outputs: Sequence[str]) -> None:
+        """Drop nodes and constants that no output needs: a layout may leave a part of the detections out."""
+        used = {*outputs}
+        kept = []
+        for node in reversed(self.nodes):
+            if used & {*node.output}:
+                kept.append(node)
+                used |= {*node.input}
+        self.nodes = kept[::-1]
+        self.constants = [tensor for tensor in self.constants if tensor.name in used]
 
     def _with_axis(self, operator: str, value: Value, axis: int, as_input_from: int, **attributes: Any) -> Value:
         if self.opset >= as_input_from:

@@ -13,13 +13,10 @@ from torch.overrides import TorchFunctionMode
 
 from detpost.export.artifact import describe, finish
 from detpost.export.attachment import attach_graph
-from detpost.export.decode_graph import (
-    OLDEST_OPSET,
-    IoNames,
-    Ties,
-    decode_graph,
-)
+from detpost.export.decode_graph import OLDEST_OPSET, Ties, decode_graph
+from detpost.export.front_graph import done_by_runner, put_affine_in_front
 from detpost.export.graph import import_onnx
+from detpost.export.layouts import Layout, layout_of
 from detpost.export.runtime import onnx_session
 from detpost.export.source import ExportSource, evaluating, first_line
 from detpost.export.torch_exporters import export_torchscript, quiet_exporter
@@ -50,7 +47,7 @@ def to_onnx(
     image_size: tuple[int, int] | None = None,
     dynamic_batch: bool = True,
     dynamic_size: bool = False,
-    io: IoNames = "detpost",
+    io: str | Layout = "detpost",
     ties: Ties = "exact",
     queries: bool = False,
     keep_raw: bool = False,
@@ -79,9 +76,12 @@ def to_onnx(
         image_size: (height, width) of the network input; ``None`` takes the model's own.
         dynamic_batch: whether the batch size is free.
         dynamic_size: whether the image size is free.
-        io: names and order: ``"detpost"`` as above; ``"rtdetr"`` as RT-DETR and D-FINE runners expect (``images``,
+        io: what the file's runner takes and gives, an entry of ``detpost.export.LAYOUTS`` or a :class:`Layout` of one's
+            own: ``"detpost"`` as above; ``"rtdetr"`` as RT-DETR and D-FINE runners expect (``images``,
             ``orig_target_sizes`` as (width, height); ``labels``, ``boxes``, ``scores``); ``"efficientnms"`` gives
-            ``num_dets`` (B, 1) int32, ``det_boxes``, ``det_scores`` and ``det_classes`` (B, K) int32.
+            ``num_dets`` (B, 1) int32, ``det_boxes``, ``det_scores`` and ``det_classes`` (B, K) int32; ``"deepstream"``
+            and ``"ultralytics"`` take images alone and give one output (B, K, 6) float32, boxes in pixels of the
+            network's input, score, label; ``"frigate"``; ``"roboflow"``.
         ties: ``"exact"`` resolves equal scores in the graph, so that every runtime chooses the same;
             ``"onnx"`` leaves them to ONNX's promise that TopK takes the lower index first, in a third of the nodes.
         queries: whether ``queries`` (B, K) int64 is an output too.
@@ -107,7 +107,8 @@ def to_onnx(
         ...     to_onnx(post, f"{folder}/post.onnx", num_queries=20, num_classes=5).outputs
         ('labels', 'boxes', 'scores', 'valid')
     """
-    _check_choices(io, ties, exporter, opset)
+    layout = layout_of(io)
+    _check_choices(ties, exporter, opset)
     say = progress or (lambda _: None)
     if isinstance(model, DetectionPostProcessor):
         if num_queries is None or num_classes is None:
@@ -120,13 +121,15 @@ def to_onnx(
             num_queries,
             num_classes,
             opset=opset,
-            io=io,
+            io=layout,
             ties=ties,
             queries=queries,
+            input_size=image_size,
             dynamic_batch=dynamic_batch,
         )
-        metadata = describe(spec or model.spec, class_names, io, ties, keep_raw=False)
-        return finish(graph, Path(path), metadata, exporter="none")
+        shape = {"num_classes": num_classes, "input_size": None if image_size is None else list(image_size)}
+        metadata = {**describe(spec or model.spec, class_names, layout, ties, keep_raw=False), **shape}
+        return finish(graph, Path(path), metadata, layout=layout, exporter="none")
     source = ExportSource.of(model, spec, image_size, preprocessing, class_names)
     with evaluating(source.model):
         raw = _export_network(source, opset, exporter, dynamic_batch, dynamic_size, preprocess_inside, say)
@@ -136,26 +139,31 @@ def to_onnx(
         source.spec,
         logits="pred_logits",
         boxes="pred_boxes",
-        io=io,
+        io=layout,
         ties=ties,
         queries=queries,
         keep_raw=keep_raw,
     )
+    preprocessing = source.preprocessing
+    if not preprocess_inside and done_by_runner(layout, preprocessing) != preprocessing:
+        preprocessing = done_by_runner(layout, preprocessing)
+        put_affine_in_front(attached.model, "images", source.preprocessing, preprocessing)
     metadata = {
-        **describe(source.spec, source.class_names, io, ties, keep_raw),
+        **describe(source.spec, source.class_names, layout, ties, keep_raw),
         "exporter": raw.exporter,
+        "num_classes": attached.num_classes,
         "raw_values": attached.raw_values,
         "input_size": None if dynamic_size else list(source.image_size),
-        "preprocessing": source.preprocessing.to_dict(),
+        "feed": {"images": "images", "image_sizes": layout.sizes, "ones": []},
+        "preprocessing": preprocessing.to_dict(),
         "preprocess_inside": preprocess_inside,
     }
     say("checking and writing the file")
-    return finish(attached.model, Path(path), metadata, exporter=raw.exporter, notes=raw.notes)
+    return finish(attached.model, Path(path), metadata, layout=layout, exporter=raw.exporter, notes=raw.notes)
 
 
-def _check_choices(io: str, ties: str, exporter: str, opset: int) -> None:
+def _check_choices(ties: str, exporter: str, opset: int) -> None:
     for name, value, allowed in (
-        ("io", io, get_args(IoNames)),
         ("ties", ties, get_args(Ties)),
         ("exporter", exporter, get_args(Exporter)),
     ):

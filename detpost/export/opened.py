@@ -14,10 +14,9 @@ from torch import Tensor
 from detpost.detections import Detections
 from detpost.export.feed import InputKind
 from detpost.export.formats import format_of
+from detpost.export.layouts import recorded_layout
 
-__all__ = ["NO_QUERIES", "OpenedFile", "open_file", "open_ir", "open_onnx", "open_pt2"]
-
-NO_QUERIES = -2  # what the queries of a file without that output read: no query and no empty slot
+__all__ = ["OpenedFile", "open_file", "open_ir", "open_onnx", "open_pt2"]
 
 
 @dataclass(frozen=True)
@@ -43,14 +42,16 @@ class OpenedFile:
         """Whether it takes raw outputs and no images."""
         return "pred_logits" in self.inputs
 
-    def detections(self, values: Mapping[str, Tensor]) -> Detections:
-        """Read the detections among what ``run`` gives."""
-        if self.metadata["io"] != "detpost":
-            raise ValueError(f"{self.path} has the names of {self.metadata['io']} runners: export it with io='detpost'")
-        queries = values.get("queries")
-        if queries is None:
-            queries = torch.full_like(values["labels"], NO_QUERIES)
-        return Detections(values["scores"], values["labels"], values["boxes"], queries, values["valid"])
+    def detections(self, values: Mapping[str, Tensor], image_sizes: Tensor, images: Tensor | None = None) -> Detections:
+        """Read the detections among what ``run`` gives.
+
+        Args:
+            values: of ``run``.
+            image_sizes: (B, 2), (height, width) of each image, pixels.
+            images: what was given to ``run``, (B, 3, H, W); ``None`` of a post-processor alone.
+        """
+        height, width = (self.metadata.get("input_size") or (1, 1)) if images is None else images.shape[-2:]
+        return recorded_layout(self.metadata).read(values, image_sizes, (int(height), int(width)))
 
 
 def open_file(path: str | Path, device: str | torch.device | None = None) -> OpenedFile:

@@ -49,10 +49,11 @@ OPERATORS: Mapping[str, frozenset[str]] = {
     "Equal": frozenset({"float"}),
     "Expand": frozenset({"int32"}),
     "Floor": frozenset({"float"}),
-    "Gather": frozenset({"float"}),
+    "Gather": frozenset({"float", "int64"}),  # int64: of the sizes of images whose size is free
     "GatherElements": frozenset({"float", "int32"}),
     "Greater": frozenset({"float"}),
     "Less": frozenset({"float"}),
+    "Log": frozenset({"float"}),  # the layout with a logit for every class, of softmax heads
     "Max": frozenset({"float"}),
     "Min": frozenset({"float"}),
     "Mul": frozenset({"float", "int32"}),
@@ -63,6 +64,7 @@ OPERATORS: Mapping[str, frozenset[str]] = {
     "ReduceSum": frozenset({"float"}),
     "Relu": frozenset({"float"}),
     "Reshape": frozenset({"float", "int32"}),
+    "Shape": frozenset({"float"}),  # of images whose size is free
     "Sigmoid": frozenset({"float"}),
     "Slice": frozenset({"float"}),
     "Softmax": frozenset({"float"}),  # ties="onnx" alone

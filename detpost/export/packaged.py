@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from detpost.export.artifact import describe
 from detpost.export.files import replace_when_whole
+from detpost.export.layouts import layout_of
 from detpost.export.onnx import Progress
 from detpost.export.source import ExportSource, evaluating, first_line
 from detpost.export.torch_exporters import quiet_exporter
@@ -159,7 +160,7 @@ def _post_alone(
         )
     spec = spec or post.spec
     metadata = {
-        **describe(spec, class_names, "detpost", "exact", keep_raw=False),
+        **describe(spec, class_names, layout_of("detpost"), "exact", keep_raw=False),
         "shape": list(example[0].shape[1:]),
     }
     post = post if spec == post.spec else DetectionPostProcessor(spec)
@@ -176,7 +177,7 @@ def _whole_detector(
         shapes = ", ".join(str(tuple(value.shape)) for value in given)
         raise ValueError(f"example must be images (B, 3, {height}, {width}) and image_sizes (B, 2); got {shapes}")
     metadata = {
-        **describe(source.spec, source.class_names, "detpost", "exact", keep_raw=False),
+        **describe(source.spec, source.class_names, layout_of("detpost"), "exact", keep_raw=False),
         "input_size": list(source.image_size),
         "preprocessing": source.preprocessing.to_dict(),
         "preprocess_inside": False,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from detpost.detections import Detections
 from detpost.export.formats import ENDINGS
+from detpost.export.layouts import recorded_layout
 from detpost.images import Preprocessing
 from detpost.postprocess import DetectionPostProcessor
 from detpost.spec import DecodeSpec, presets
@@ -125,7 +126,7 @@ def _open_file(path: Path) -> Artifact:
     def detect(images: Sequence[Tensor], prepare: Prepare | None = None) -> Found:
         batch, sizes, _ = (prepare or detector.prepare)(_filled(images, detector.batch))
         values = opened.run(feed(batch, sizes))
-        kept = Detections(*(part[: len(images)].cpu() for part in opened.detections(values)))
+        kept = Detections(*(part[: len(images)].cpu() for part in opened.detections(values, sizes, batch)))
         if "pred_logits" not in values:
             return Found(kept)
         logits, boxes = (values[name][: len(images)] for name in ("pred_logits", "pred_boxes"))
@@ -135,9 +136,12 @@ def _open_file(path: Path) -> Artifact:
 
 
 def _bare_decode(opened: OpenedFile) -> Artifact:
+    layout = recorded_layout(opened.metadata)
+
     def decode(logits: Tensor, boxes: Tensor, image_sizes: Tensor) -> Detections:
-        values = opened.run(dict(zip(opened.inputs, (logits, boxes, image_sizes), strict=True)))
-        return Detections(*(part.cpu() for part in opened.detections(values)))
+        sizes = image_sizes.flip(1) if layout.sizes_order == "wh" else image_sizes
+        given = {"pred_logits": logits, "pred_boxes": boxes, **({layout.sizes: sizes} if layout.sizes else {})}
+        return Detections(*(part.cpu() for part in opened.detections(opened.run(given), image_sizes)))
 
     batch, queries, classes = opened.inputs["pred_logits"][0]
     fixed = None if queries is None or classes is None else (queries, classes)

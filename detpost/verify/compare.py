@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from detpost.detections import Detections
-from detpost.export.opened import NO_QUERIES
+from detpost.export.layouts import NO_QUERIES
 from detpost.postprocess import DetectionPostProcessor
 from detpost.verify.matching import match_detections
 
