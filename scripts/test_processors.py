@@ -3,7 +3,9 @@
     python scripts/test_processors.py           # what `make test-processors` does
     python scripts/test_processors.py --list    # what it would run, and what it would skip and why
 
-Each level is a process of its own, and a test in it watches what computes there. Exit status 1 if a test fails at any.
+Each level is a process of its own, as many at a time as there are cores, and a test in it watches what computes there.
+Exit status 1 if a test fails at any level; the last line names the level. Slow tests are left to `make test`, which
+takes the processor as it is: nearly all their time is a compiler's.
 """
 
 import argparse
@@ -12,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
@@ -24,8 +27,9 @@ from tests import processor  # noqa: E402
 PROBE = "test_what_computes_is_what_the_environment_asks_for"
 SELECTING = ("tests/test_selection.py", "tests/test_postprocess.py", "tests/test_nms.py", "tests/test_parity.py")
 LOSSES = ("tests/losses", "tests/metrics")
-EVERYTHING = (*SELECTING, *LOSSES, "tests/kernels", "tests/reference")
-# The Triton kernels are held to PyTorch's operators, whatever the C++ ones do; NumPy has no form of the losses.
+# The Triton kernels are interpreted here, by NumPy, which none of the levels changes.
+EVERYTHING = (*SELECTING, *LOSSES, "tests/kernels/cpu", "tests/reference")
+# What PyTorch's own operators compute is the same at every level of the C++; NumPy has no form of the losses.
 TESTS = {
     "DETPOST_NATIVE": (*SELECTING, *LOSSES, "tests/kernels/cpu"),
     "DETPOST_KERNEL": (*SELECTING, *LOSSES),
@@ -65,20 +69,44 @@ def levels() -> list[Level]:
     return [*found, Level(lowest, TESTS["DETPOST_KERNEL"], None if usable else "its parts are skipped")]
 
 
-def run(level: Level) -> tuple[dict[str, int], bool]:
-    """Run the tests of a level.
+@dataclass
+class Outcome:
+    """What came of a level.
 
-    Returns:
-        How many passed, failed and were skipped, and whether all is well: nothing failed, and the level took effect.
+    Args:
+        counts: how many tests passed, failed and were skipped.
+        is_good: nothing failed, and the level took effect.
+        seconds: how long it took.
+        said: what pytest printed.
     """
+
+    counts: dict[str, int]
+    is_good: bool
+    seconds: float
+    said: str
+
+
+def run(level: Level) -> Outcome:
+    """Run the tests of a level in one process."""
+    start = time.perf_counter()
     environment = {name: value for name, value in os.environ.items() if name not in processor.LEVELS}
     with tempfile.TemporaryDirectory() as folder:
         results = Path(folder) / "results.xml"
-        arguments = ["-m", "pytest", "-q", "-r", "fE", "-n", "auto", "--dist", "worksteal", f"--junit-xml={results}"]
+        arguments = ["-q", "-r", "fE", "-p", "no:cacheprovider", f"--junit-xml={results}", "-m", "not gpu and not slow"]
         done = subprocess.run(
-            [sys.executable, *arguments, "-m", "not gpu", f"tests/test_processor.py::{PROBE}", *level.tests],
+            [
+                sys.executable,
+                *arguments,
+                "-m",
+                "not gpu and not slow",
+                f"tests/test_processor.py::{PROBE}",
+                *level.tests,
+            ],
             cwd=ROOT,
             env=environment | {"OMP_NUM_THREADS": "1"} | level.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
         cases = list(ElementTree.parse(results).iter("testcase")) if results.exists() else []
     outcomes = {case: {child.tag for child in case} & {"failure", "error", "skipped"} for case in cases}
@@ -88,28 +116,28 @@ def run(level: Level) -> tuple[dict[str, int], bool]:
         "skipped": sum(outcome == {"skipped"} for outcome in outcomes.values()),
     }
     probed = any(case.get("name") == PROBE and not outcome for case, outcome in outcomes.items())
-    return counts, done.returncode == 0 and probed
+    return Outcome(counts, done.returncode == 0 and probed, time.perf_counter() - start, done.stdout)
 
 
 def run_all(chosen: list[Level]) -> int:
-    """Run the levels one after the other, and print a table of them."""
+    """Run the levels, print a table of them and give the exit status."""
     width = max(len(level.name) for level in chosen)
-    lines, well, total = [], True, dict.fromkeys(("passed", "failed", "skipped"), 0)
-    for level in chosen:
-        if level.skipped:
-            lines.append(f"{level.name:{width}}  skipped: {level.skipped}")
-            continue
-        print(f"\n--- {level.name}", flush=True)
-        start = time.perf_counter()
-        counts, good = run(level)
-        well = well and good
-        total = {name: total[name] + counts[name] for name in total}
-        told = ", ".join(f"{count} {name}" for name, count in counts.items())
-        took = f"{time.perf_counter() - start:.0f} s"
-        lines.append(f"{level.name:{width}}  {'ok' if good else 'NOT OK'}: {told}, {took}")
+    lines = [f"{level.name:{width}}  skipped: {level.skipped}" for level in chosen if level.skipped]
+    total, bad = dict.fromkeys(("passed", "failed", "skipped"), 0), []
+    worth = [level for level in chosen if not level.skipped]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for level, outcome in zip(worth, pool.map(run, worth), strict=True):
+            print(f"\n--- {level.name}\n{outcome.said.rstrip()}", flush=True)
+            total = {name: total[name] + count for name, count in outcome.counts.items()}
+            told = ", ".join(f"{count} {name}" for name, count in outcome.counts.items())
+            good = "ok" if outcome.is_good else "NOT OK"
+            lines.append(f"{level.name:{width}}  {good}: {told}, {outcome.seconds:.0f} s")
+            bad += [] if outcome.is_good else [level.name]
     print("\n" + "\n".join(lines))
-    print(f"{total['passed']} passed, {total['failed']} failed, {total['skipped']} skipped")
-    return 0 if well else 1
+    print(", ".join(f"{count} {name}" for name, count in total.items()))
+    if bad:
+        print(f"FAILED at: {', '.join(bad)}")
+    return 1 if bad else 0
 
 
 def main() -> int:

@@ -11,8 +11,9 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
 
 
 def pytest_configure():
-    # Two cores are shared by as many workers; alone, one process has both.
-    torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+    # Two cores are shared by as many workers; alone, one process has both, unless it is told to take one.
+    alone = int(os.environ.get("OMP_NUM_THREADS") or 2)
+    torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else alone)
 
 
 def pytest_collection_modifyitems(items):

@@ -2,6 +2,7 @@
 
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -43,3 +44,29 @@ def test_the_command_lists_every_level_and_leaves_none_unsaid():
         for value in filter(None, values):
             (said,) = re.findall(rf"^  {variable}={value}  +(.+)$", done.stdout, flags=re.MULTILINE)
             assert said.startswith(("tests/", "skipped: "))
+
+
+def test_a_level_that_fails_is_named_and_is_the_exit_status(monkeypatch, capsys):
+    script = runpy.run_path(str(ROOT / "scripts" / "test_processors.py"))
+    level, outcome, run_all = script["Level"], script["Outcome"], script["run_all"]
+    counts = {"passed": 3, "failed": 0, "skipped": 1}
+
+    def run(one):
+        return outcome(counts, one.environment != {"DETPOST_NATIVE": "avx2"}, 1.0, "")
+
+    monkeypatch.setitem(run_all.__globals__, "run", run)
+    sound = [
+        level({}),
+        level({"DETPOST_NATIVE": "baseline"}),
+        level({"DETPOST_NATIVE": "avx512"}, skipped="no AVX-512"),
+    ]
+    assert run_all(sound) == 0
+    assert "FAILED" not in capsys.readouterr().out
+    assert run_all([*sound, level({"DETPOST_NATIVE": "avx2"})]) == 1
+    assert capsys.readouterr().out.endswith("9 passed, 0 failed, 3 skipped\nFAILED at: DETPOST_NATIVE=avx2\n")
+
+
+def test_every_test_that_a_level_names_is_there():
+    script = runpy.run_path(str(ROOT / "scripts" / "test_processors.py"))
+    named = {path for level in script["levels"]() for path in level.tests}
+    assert not [path for path in named if not (ROOT / path).exists()]

@@ -184,7 +184,8 @@ class _RawNetwork(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         if self.preprocessing is not None:
             images = self.preprocessing.normalise(images.to(torch.float32))
-        return raw_outputs(self.model(images))
+        with _PlainAttention():
+            return raw_outputs(self.model(images))
 
 
 @dataclass(frozen=True)
@@ -300,6 +301,20 @@ def _compare_with_eager(
             raise ValueError(
                 f"the graph's logits differ from PyTorch's by {difference:.3g} at batch {batch}, size {size}"
             )
+
+
+class _PlainAttention(TorchFunctionMode):
+    """Leave ``enable_gqa`` out where every head has keys of its own.
+
+    It changes nothing there, and both exporters of PyTorch refuse it; transformers sets it for LW-DETR and RF-DETR.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is nn.functional.scaled_dot_product_attention and kwargs.get("enable_gqa"):
+            query, key = args[:2]
+            kwargs = {**kwargs, "enable_gqa": bool(query.shape[-3] != key.shape[-3])}  # a tensor while it is traced
+        return func(*args, **kwargs)
 
 
 class _StableTopK(TorchFunctionMode):

@@ -51,6 +51,22 @@ def test_what_runs_before_a_cold_call_is_not_timed():
     assert rows[0].microseconds < 20_000
 
 
+def test_a_long_preparation_does_not_make_a_race_endless():
+    class Prepared:
+        prepared = 0
+
+        def prepare(self):
+            self.prepared += 1
+            time.sleep(0.02)
+
+        def __call__(self, turn):
+            pass
+
+    contender = Prepared()
+    _race("task", (1,), {"detpost": contender}, seconds=0.1, longest=0.1)
+    assert contender.prepared < 100  # 0.1 seconds of calls alone would be many thousands
+
+
 @pytest.mark.slow
 @pytest.mark.peers
 def test_every_installed_peer_takes_part(tmp_path):

@@ -38,6 +38,16 @@ class Plain(nn.Module):
         return (logits, boxes) if self.output == "tuple" else {"pred_logits": logits, "pred_boxes": boxes}
 
 
+class Attending(Plain):
+    """The same, with attention that has keys for every head and yet says that heads may share them."""
+
+    def forward(self, images):
+        logits, boxes = super().forward(images)
+        heads = logits[:, None]  # (B, heads, Q, C)
+        attended = nn.functional.scaled_dot_product_attention(heads, heads, heads, enable_gqa=True)
+        return attended[:, 0], boxes
+
+
 def run(path, **feed):
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
@@ -97,6 +107,12 @@ def test_any_module_that_gives_logits_and_boxes_exports(tmp_path, output):
     assert result.inputs == ("images", "image_sizes")
     for size in ((24, 40), (60, 36)):
         assert_graph_agrees(tmp_path / "out.onnx", Plain(), spec, size, 2)
+
+
+@pytest.mark.parametrize("exporter", ["torchscript", "dynamo"])
+def test_attention_that_allows_shared_keys_exports_where_none_are_shared(exporter, tmp_path):
+    result = to_onnx(Attending(), tmp_path / "out.onnx", DecodeSpec(), image_size=(24, 24), exporter=exporter)
+    assert result.exporter == exporter
 
 
 def test_both_exporters_give_the_same_answer(tmp_path):
