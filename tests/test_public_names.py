@@ -57,6 +57,26 @@ def test_arguments_have_the_names_of_the_contract(path, parameters):
     assert list(inspect.signature(value).parameters) == parameters
 
 
+@pytest.mark.parametrize(
+    ("path", "first"),
+    [
+        ("metrics.hausdorff_distance", ["a", "b", "percentile", "spacing"]),
+        ("metrics.average_surface_distance", ["a", "b", "symmetric", "spacing"]),
+        ("metrics.surface_dice", ["a", "b", "tolerance", "spacing"]),
+        ("losses.signed_distance_transform", ["mask", "spacing"]),
+        ("losses.BoundaryLoss.forward", ["self", "input", "target"]),
+        ("losses.GeneralizedSurfaceLoss.forward", ["self", "input", "target"]),
+        ("losses.HausdorffSchedule.forward", ["self", "base", "term"]),
+    ],
+)
+def test_losses_and_metrics_begin_with_the_arguments_of_the_contract(path, first):
+    space, *parts = path.split(".")
+    value = importlib.import_module(f"detpost.{space}")
+    for part in parts:
+        value = getattr(value, part)
+    assert list(inspect.signature(value).parameters)[: len(first)] == first
+
+
 @pytest.mark.parametrize("name", ["boxes", "spec", "selection", "postprocess", "detections"])
 def test_every_public_function_says_what_it_does(name):
     module = importlib.import_module(f"detpost.{name}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -14,14 +13,11 @@ from detpost import kernels
 from detpost.kernels.cpu import distance as native_distance
 from detpost.kernels.cpu import erosion as native_erosion
 from detpost.losses._arguments import (
-    ShapeMismatchError,
     Spacing,
     by_image,
-    check_floating,
-    check_reduction,
-    class_numbers,
     spacings,
 )
+from detpost.losses._probabilities import activate, check_input, check_options, pair, reduced
 from detpost.losses.distance_transform import boundary_distance
 
 
@@ -81,27 +77,21 @@ def hausdorff_dt_loss(
         >>> round(float(hausdorff_dt_loss(missed, target, include_background=True)), 4)
         0.7778
     """
-    _check_options(sigmoid, softmax, other_act, reduction)
-    _check_input(input)
+    check_options(sigmoid, softmax, other_act, reduction)
+    check_input(input)
     each = spacings(spacing, input.shape[0], input.dim() - 2)
     wants_slope_of_target = torch.is_grad_enabled() and isinstance(target, Tensor) and target.requires_grad
     by_kernel = kernels.for_losses(input) == "native" and not wants_slope_of_target
     # The kernel takes the sigmoid along, so that no tensor is kept for it.
-    values = _activate(input, sigmoid and not by_kernel, softmax, other_act)
+    values = activate(input, sigmoid and not by_kernel, softmax, other_act)
     by_kernel = by_kernel and values.dtype == torch.float32
-    truth = _one_hot(target, values) if to_onehot_y else _as_real(target, values)
-    values, truth = _without_background(values, truth, include_background)
-    if truth.shape != values.shape:
-        fix = "pass class ids with to_onehot_y=True, or one channel per class"
-        came = tuple(target.shape)
-        raise ShapeMismatchError(f"target must have input's shape {tuple(input.shape)}; got {came}: {fix}")
+    values, truth = pair(values, target, to_onehot_y, include_background)
     if by_kernel:
         apply = _NativeWeightedError.apply
         error = by_image(lambda v, t, steps: apply(v, t, steps, alpha, sigmoid)[0], each, values, truth)
     else:
         error = by_image(lambda v, t, steps: _weighted_error(v, t, steps, alpha), each, values, truth)
-    loss = error.mean(0, keepdim=True) if batch else error
-    return loss if reduction == "none" else loss.sum() if reduction == "sum" else loss.mean()
+    return reduced(error, reduction, batch)
 
 
 def log_hausdorff_dt_loss(
@@ -199,7 +189,7 @@ class HausdorffDTLoss(nn.Module):
         spacing: Spacing | None = None,
     ) -> None:
         super().__init__()
-        _check_options(sigmoid, softmax, other_act, reduction)
+        check_options(sigmoid, softmax, other_act, reduction)
         self.alpha = alpha
         self.include_background = include_background
         self.to_onehot_y = to_onehot_y
@@ -280,48 +270,6 @@ class LogHausdorffDTLoss(HausdorffDTLoss):
         return torch.log(super().forward(input, target) + 1)
 
 
-def _activate(input: Tensor, sigmoid: bool, softmax: bool, other_act: Callable[[Tensor], Tensor] | None) -> Tensor:
-    """Probabilities in float32 or float64."""
-    values = input if input.dtype in (torch.float32, torch.float64) else input.float()
-    if sigmoid:
-        return torch.sigmoid(values)
-    if softmax and values.shape[1] > 1:
-        return torch.softmax(values, 1)
-    if softmax:
-        _warn_single_channel("softmax=True")
-    return values if other_act is None else other_act(values)
-
-
-def _one_hot(target: Tensor, values: Tensor) -> Tensor:
-    """One channel per class from class ids (B, 1, ...)."""
-    _check_target(target)
-    classes = values.shape[1]
-    if classes == 1:
-        _warn_single_channel("to_onehot_y=True")
-        return _as_real(target, values)
-    expected = (values.shape[0], 1, *values.shape[2:])
-    if tuple(target.shape) != expected:
-        fix = "leave to_onehot_y out for a target that is one-hot already, or bring both to one size"
-        raise ShapeMismatchError(f"target must be class ids of shape {expected}; got {tuple(target.shape)}: {fix}")
-    ids = target.long()
-    numbers = class_numbers(ids, classes).reshape(1, -1, *[1] * (values.dim() - 2))
-    return (ids == numbers).to(values.dtype)
-
-
-def _as_real(target: Tensor, values: Tensor) -> Tensor:
-    _check_target(target)
-    return target.to(values.dtype)
-
-
-def _without_background(values: Tensor, truth: Tensor, include_background: bool) -> tuple[Tensor, Tensor]:
-    if include_background:
-        return values, truth
-    if values.shape[1] == 1:
-        _warn_single_channel("include_background=False")
-        return values, truth
-    return values[:, 1:], truth[:, 1:]
-
-
 def _weighted_error(values: Tensor, truth: Tensor, spacing: tuple[float, ...], alpha: float) -> Tensor:
     """Mean over each field of the squared error, weighted with the distances to both boundaries: (B, C, 1, ...)."""
     with torch.no_grad():
@@ -384,32 +332,3 @@ def _largest_difference(values: Tensor, spacing: tuple[float, ...], alpha: float
     log_weight = max(0.0, alpha * math.log(max(diagonal, 1e-30))) + math.log(max(elements, 1.0))
     log_limit = (math.log(torch.finfo(values.dtype).max) - log_weight) / 2
     return math.exp(min(max(log_limit, math.log(1e3)), 300.0))
-
-
-def _warn_single_channel(option: str) -> None:
-    # Tracers cannot carry a warning, and the eager run before them has given it.
-    if not torch.compiler.is_compiling():
-        warnings.warn(f"input has a single channel: {option} is ignored", stacklevel=4)
-
-
-def _check_options(sigmoid: bool, softmax: bool, other_act: Callable[[Tensor], Tensor] | None, reduction: str) -> None:
-    check_reduction(reduction)
-    if other_act is not None and not callable(other_act):
-        raise TypeError(f"other_act must be callable or None; got {type(other_act).__name__}")
-    if sigmoid + softmax + (other_act is not None) > 1:
-        raise ValueError(
-            f"at most one of sigmoid, softmax, other_act may be given; got {sigmoid=}, {softmax=}, {other_act=}"
-        )
-
-
-def _check_input(input: Tensor) -> None:
-    if isinstance(input, Tensor) and input.dim() not in (4, 5):
-        raise ValueError(f"input must be (B, C, H, W) or (B, C, D, H, W); got shape {tuple(input.shape)}")
-    check_floating("input", input)
-
-
-def _check_target(target: Tensor) -> None:
-    if not isinstance(target, Tensor):
-        raise TypeError(f"target must be a torch.Tensor; got {type(target).__name__}: convert it with torch.as_tensor")
-    if target.is_complex():
-        raise ValueError(f"target must be real; got {target.dtype}")

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import numpy as np
 import torch
-import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor
 
-from detpost.losses._arguments import Spacing, by_image, spacings
-from detpost.losses.distance_transform import squared_distance
+from detpost.losses._arguments import Spacing
+from detpost.metrics._surface import Mask, Surface, measure
 
 
 def hausdorff_distance(
-    a: Tensor | NDArray[Any],
-    b: Tensor | NDArray[Any],
+    a: Mask,
+    b: Mask,
     percentile: float | None = None,
     spacing: Spacing | None = None,
     ignore_index: int | None = None,
+    use_subvoxels: bool = False,
 ) -> Tensor:
     """Hausdorff distance between the boundaries of two masks, per image and channel.
 
@@ -30,6 +26,10 @@ def hausdorff_distance(
     MONAI's reading of special cases included: nan where both masks are empty, inf where one is (nan if a percentile is
     asked for), and a percentile of 0 means the maximum.
 
+    With ``use_subvoxels`` values are those of google-deepmind's surface-distance, ``compute_robust_hausdorff``: the
+    surface runs between the elements, percentiles weigh its pieces with their length or area (Nikolov et al. 2021)
+    and are not interpolated, and the result is inf where a mask is empty, or both are.
+
     Args:
         a: (B, C, H, W) or (B, C, D, H, W) mask, a tensor or a NumPy array; an element is inside where it is not zero.
         b: mask of the same shape and device.
@@ -38,6 +38,7 @@ def hausdorff_distance(
             sequence of these for each image; ``None`` counts in elements.
         ignore_index: channel of a class that is left out: elements that ``b`` gives it count in no channel, and the
             channel itself reads nan.
+        use_subvoxels: take the surface between the elements, as surface-distance does.
 
     Returns:
         (B, C) float32, in the unit of ``spacing``.
@@ -56,44 +57,32 @@ def hausdorff_distance(
         >>> hausdorff_distance(a, b, percentile=50, spacing=0.5)
         tensor([[0.7500]])
     """
-    a, b = _as_tensor(a), _as_tensor(b)
-    _check_masks(a, b)
+    check_percentile(percentile)
+
+    def undirected(of_a: Surface, of_b: Surface, channel: int | None) -> Tensor:
+        if use_subvoxels:
+            return torch.maximum(_weighted_percentile(of_a, percentile), _weighted_percentile(of_b, percentile))
+        one, other = _directed(of_a, of_b, percentile), _directed(of_b, of_a, percentile)
+        return torch.maximum(one, other)  # nan if either is
+
+    return measure(undirected, a, b, spacing, ignore_index, use_subvoxels)
+
+
+def check_percentile(percentile: float | None) -> None:
+    """Refuse what is no percentile."""
     if percentile is not None and not 0 <= percentile <= 100:
         raise ValueError(f"percentile must be between 0 and 100, or None for the maximum; got {percentile}")
-    if ignore_index is not None and not 0 <= ignore_index < a.shape[1]:
-        raise ValueError(f"ignore_index must be a channel in [0, {a.shape[1]}); got {ignore_index}")
-    each = spacings(spacing, a.shape[0], a.dim() - 2)
-    with torch.no_grad():
-        inside_a, inside_b = a != 0, b != 0
-        if ignore_index is not None:
-            counted = ~inside_b[:, ignore_index : ignore_index + 1]
-            inside_a, inside_b = inside_a & counted, inside_b & counted
-        edges_a, edges_b = _boundary(inside_a), _boundary(inside_b)
-        found = by_image(lambda one, other, steps: _undirected(one, other, percentile, steps), each, edges_a, edges_b)
-        if ignore_index is None:
-            return found
-        channel = torch.arange(a.shape[1], device=a.device)
-        return torch.where(channel == ignore_index, torch.nan, found)
 
 
-def _undirected(edges_a: Tensor, edges_b: Tensor, percentile: float | None, spacing: tuple[float, ...]) -> Tensor:
-    """Greater of the two directed distances: (B, C)."""
-    forward = _directed(edges_a, edges_b, percentile, spacing)
-    return torch.maximum(forward, _directed(edges_b, edges_a, percentile, spacing))  # nan if either is
-
-
-def _directed(source: Tensor, goal: Tensor, percentile: float | None, spacing: tuple[float, ...]) -> Tensor:
+def _directed(source: Surface, goal: Surface, percentile: float | None) -> Tensor:
     """Maximum or percentile over source's elements of the distance to goal's nearest: (B, C)."""
-    squared, unit = squared_distance(~goal, spacing)
-    distance = (squared.sqrt() * unit).flatten(2)  # (B, C, N)
-    chosen = source.flatten(2)
-    some_source, some_goal = chosen.any(2), goal.flatten(2).any(2)
+    some_source, some_goal = source.chosen.any(2), goal.chosen.any(2)
     both_empty = ~(some_source | some_goal)
     if not percentile:
-        largest = torch.where(chosen, distance, 0.0).amax(2)
+        largest = torch.where(source.chosen, source.distance, 0.0).amax(2)
         largest = torch.where(some_source & some_goal, largest, torch.inf)
         return torch.where(both_empty, torch.nan, largest)
-    value = _percentile(distance, chosen, percentile)
+    value = _percentile(source.distance, source.chosen, percentile)
     return torch.where(some_source & some_goal, value, torch.nan)
 
 
@@ -109,30 +98,19 @@ def _percentile(values: Tensor, chosen: Tensor, percentile: float) -> Tensor:
     return torch.lerp(below, above, rank - rank.floor()).squeeze(-1)
 
 
-def _boundary(inside: Tensor) -> Tensor:
-    """Elements of the mask with a direct neighbour outside it."""
-    axes = inside.dim() - 2
-    padded = F.pad(inside, (1, 1) * axes)
-    interior = inside
-    for axis in range(2, inside.dim()):
-        core = padded
-        for other in range(2, inside.dim()):
-            core = core if other == axis else core.narrow(other, 1, inside.shape[other])
-        length = inside.shape[axis]
-        interior = interior & core.narrow(axis, 0, length) & core.narrow(axis, 2, length)
-    return inside & ~interior
-
-
-def _as_tensor(mask: Tensor | NDArray[Any]) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(mask != 0)) if isinstance(mask, np.ndarray) else mask
-
-
-def _check_masks(a: Tensor, b: Tensor) -> None:
-    for name, mask in (("a", a), ("b", b)):
-        if not isinstance(mask, Tensor):
-            kind = type(mask).__name__
-            raise TypeError(f"{name} must be a torch.Tensor or an array; got {kind}: use torch.as_tensor")
-    if a.dim() not in (4, 5) or 0 in a.shape[2:]:
-        raise ValueError(f"masks must be (B, C, H, W) or (B, C, D, H, W) with sides >= 1; got {tuple(a.shape)}")
-    if a.shape != b.shape:
-        raise ValueError(f"masks must have one shape; got {tuple(a.shape)} and {tuple(b.shape)}: one-hot both alike")
+def _weighted_percentile(source: Surface, percentile: float | None) -> Tensor:
+    """Smallest distance within which lies the given part of the source's surface: (B, C)."""
+    if percentile is None:
+        largest = torch.where(source.chosen, source.distance, 0.0).amax(2)
+        return torch.where(source.chosen.any(2), largest, torch.inf)
+    # Off the surface an element has no size, and inf puts it last. Elements of one distance are added up by size: where
+    # the part is reached exactly, the order of a sum decides.
+    by_size = source.size.sort(-1)
+    distance = torch.where(source.chosen, source.distance, torch.inf).gather(-1, by_size.indices)
+    ordered = torch.sort(distance, dim=-1, stable=True)
+    covered = by_size.values.gather(-1, ordered.indices).cumsum(-1)
+    reached = covered / covered[..., -1:] >= percentile / 100
+    # The first element that reaches it; rounding may leave all but none, then the last of the surface.
+    first = torch.where(reached.any(-1), reached.to(torch.int8).argmax(-1), source.chosen.sum(-1) - 1)
+    value = ordered.values.gather(-1, first.clamp(min=0)[..., None])[..., 0]
+    return torch.where(source.chosen.any(2), value, torch.inf)

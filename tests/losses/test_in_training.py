@@ -13,6 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 from detpost.kernels.cpu import library
 from detpost.losses import (
+    BoundaryLoss,
+    GeneralizedSurfaceLoss,
     HausdorffDTLoss,
     HausdorffERLoss,
     HausdorffERLoss3D,
@@ -25,6 +27,8 @@ LOSSES = {
     "erosion 3d": (HausdorffERLoss3D(k=2), (4, 5, 6)),
     "distance": (HausdorffDTLoss(to_onehot_y=True), (9, 10)),
     "log distance 3d": (LogHausdorffDTLoss(to_onehot_y=True, spacing=(1.0, 2.0, 0.5)), (4, 5, 6)),
+    "boundary": (BoundaryLoss(to_onehot_y=True), (9, 10)),
+    "surface 3d": (GeneralizedSurfaceLoss(to_onehot_y=True, spacing=(1.0, 2.0, 0.5)), (4, 5, 6)),
 }
 
 

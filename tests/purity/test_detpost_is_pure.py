@@ -55,6 +55,16 @@ EXAMPLES = {
     "detpost.boxes.unletterbox": [(lambda b, s: detpost.boxes.unletterbox(b, s, (640, 640)), (corners, sizes))],
     "detpost.boxes.vflip": [(lambda b: detpost.boxes.vflip(b, 480.0), (corners,))],
     "detpost.losses.distance_transform_edt": [(lambda m: detpost.losses.distance_transform_edt(m), (masks,))],
+    "detpost.losses.signed_distance_transform": [(lambda m: detpost.losses.signed_distance_transform(m), (masks,))],
+    "detpost.losses.HausdorffSchedule": [
+        (detpost.losses.HausdorffSchedule("linear"), (torch.tensor(0.5, requires_grad=True), torch.tensor(2.0))),
+    ],
+    "detpost.metrics.average_surface_distance": [
+        (lambda a, b: detpost.metrics.average_surface_distance(a, b, use_subvoxels=True), (masks, masks.roll(1, -2))),
+    ],
+    "detpost.metrics.surface_dice": [
+        (lambda a, b: detpost.metrics.surface_dice(a, b, 1.0), (masks, masks.roll(1, -2))),
+    ],
     "detpost.metrics.hausdorff_distance": [
         (lambda a, b: detpost.metrics.hausdorff_distance(a, b), (masks, masks.flip(-1).roll(1, -2))),
         (lambda a, b: detpost.metrics.hausdorff_distance(a, b, percentile=95.0), (masks, masks.roll(1, -2))),
@@ -65,6 +75,8 @@ for loss, function, example in (
     ("HausdorffERLoss3D", "hausdorff_er_loss_3d", (volumes, volume_ids)),
     ("HausdorffDTLoss", "hausdorff_dt_loss", (maps, maps.flip(-1))),
     ("LogHausdorffDTLoss", "log_hausdorff_dt_loss", (maps, maps.flip(-1))),
+    ("BoundaryLoss", "boundary_loss", (maps, maps.flip(-1))),
+    ("GeneralizedSurfaceLoss", "generalized_surface_loss", (maps, maps.flip(-1))),
 ):
     losses = importlib.import_module("detpost.losses")
     options = {"k": 2} if "ER" in loss else {}  # every erosion is the same lines again
@@ -76,6 +88,10 @@ NOT_RUN = {
     "detpost.DecodeSpec": "settings",
     "detpost.presets": "a list of names",
     "detpost.Detections": "a container; its conversions leave tensors for the host by their purpose",
+    "detpost.metrics.Metric": "a base; what it holds is below",
+    "detpost.metrics.HausdorffDistance": "gathers what hausdorff_distance gives",
+    "detpost.metrics.AverageSurfaceDistance": "gathers what average_surface_distance gives",
+    "detpost.metrics.SurfaceDice": "gathers what surface_dice gives",
     "detpost.Detector": "images in, plain Python out, on the host by its purpose",
 }
 
