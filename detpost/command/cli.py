@@ -344,6 +344,30 @@ def verify(
         raise typer.Exit(1)
 
 
+@app.command()
+def conform(
+    runner: Annotated[str, typer.Argument(help="A command, run as COMMAND in.npz out.npz, or module:function.")],
+    preset: Annotated[str | None, typer.Option(help="Ask about one family alone, for a runner that knows one.")] = None,
+    json_file: Annotated[
+        str | None, typer.Option("--json", help="Write the report as JSON to a file; - prints it.")
+    ] = None,
+) -> None:
+    """Put a runner of your own to the conformance suite; exit status 1 where it decodes otherwise."""
+    from detpost.verify.conformance import conform as put_to_the_suite
+
+    if json_file == "-":
+        report = put_to_the_suite(runner, preset)
+        print(report.to_json())
+    else:
+        with show.progress("cases") as tell:
+            report = put_to_the_suite(runner, preset, tell)
+        if json_file is not None:
+            Path(json_file).write_text(report.to_json() + "\n")
+        show.console.print(str(report), highlight=False, markup=False, soft_wrap=True)
+    if not report.ok:
+        raise typer.Exit(1)
+
+
 def _quiet_pillow() -> None:
     """Keep Pillow's remarks on single files off the terminal: what cannot be read is listed in the end."""
     warnings.filterwarnings("ignore", module=r"PIL\.")

@@ -1,0 +1,243 @@
+"""The conformance suite passes what is right, and says in words what is wrong with what is not."""
+
+import json
+import sys
+import textwrap
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from detpost import DecodeSpec, DetectionPostProcessor
+from detpost.command.cli import app
+from detpost.verify.conformance import conform
+from detpost.verify.conformance.cases import all_cases
+from detpost.verify.conformance.faults import FAULTS
+from detpost.verify.conformance.plan import decode, plan_of
+from detpost.verify.conformance.report import _expected
+
+
+def decode_as_detpost(inputs):
+    post = DetectionPostProcessor(DecodeSpec(**json.loads(inputs["spec"])))
+    return post(*(torch.from_numpy(inputs[name]) for name in ("pred_logits", "pred_boxes", "image_sizes")))
+
+
+def changed(inputs, **spec):
+    return {**inputs, "spec": json.dumps({**json.loads(inputs["spec"]), **spec})}
+
+
+def wrong_size(inputs):
+    return decode_as_detpost({**inputs, "image_sizes": np.ascontiguousarray(inputs["image_sizes"][:, ::-1])})
+
+
+def wrong_first_size(inputs):
+    sizes = inputs["image_sizes"]
+    return decode_as_detpost({**inputs, "image_sizes": np.repeat(sizes[:1], len(sizes), axis=0)})
+
+
+def wrong_argmax(inputs):
+    return decode_as_detpost(changed(inputs, selection="per_query"))
+
+
+def wrong_label(inputs):
+    found = decode_as_detpost(inputs)
+    return found._replace(labels=torch.where(found.valid, found.labels - 1, -1))
+
+
+def wrong_activation(inputs):
+    return decode_as_detpost(changed(inputs, activation="sigmoid"))
+
+
+def wrong_threshold(inputs):
+    return decode_as_detpost(changed(inputs, score_threshold=None))
+
+
+def wrong_format(inputs):
+    return decode_as_detpost(changed(inputs, box_format="cxcywh"))
+
+
+def wrong_background(inputs):
+    return decode_as_detpost(changed(inputs, background="none"))
+
+
+def wrong_order_of_ties(inputs):
+    """What a sort from the other end gives."""
+    classes = inputs["pred_logits"].shape[2]
+    turned = {name: inputs[name][:, ::-1].copy() for name in ("pred_logits", "pred_boxes")}
+    turned["pred_logits"] = turned["pred_logits"][:, :, ::-1].copy()
+    found = decode_as_detpost({**inputs, **turned})
+    labels = torch.where(found.valid, classes - 1 - found.labels, -1)
+    return found._replace(
+        labels=labels, queries=torch.where(found.valid, inputs["pred_logits"].shape[1] - 1 - found.queries, -1)
+    )
+
+
+def wrong_score(inputs):
+    found = decode_as_detpost(inputs)
+    return found._replace(scores=found.scores.half().float())
+
+
+@pytest.mark.parametrize("case", all_cases(), ids=lambda case: case.name)
+def test_the_plan_without_faults_is_the_definition(case):
+    expected, found = _expected(case), decode(plan_of(case), case)
+    for part in ("labels", "queries", "valid"):
+        np.testing.assert_array_equal(getattr(found, part), getattr(expected, part))
+    np.testing.assert_allclose(found.scores, expected.scores, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(found.boxes, expected.boxes, rtol=0, atol=1e-3)
+
+
+def test_detpost_conforms():
+    report = conform(decode_as_detpost)
+    assert report.ok, report
+    assert not report.differences
+    assert set(report.shares.values()) == {1.0}
+
+
+def test_every_choice_of_a_field_meets_every_choice_of_the_others():
+    specs = [case.spec for case in all_cases()]
+    fields = {
+        name: {getattr(spec, name) for spec in specs}
+        for name in ("activation", "selection", "background", "box_format", "clip")
+    }
+    assert {name: len(values) for name, values in fields.items()} == {
+        "activation": 2,
+        "selection": 2,
+        "background": 3,
+        "box_format": 3,
+        "clip": 2,
+    }
+    for one, values in fields.items():
+        for other, others in fields.items():
+            if one != other:
+                seen = {(getattr(spec, one), getattr(spec, other)) for spec in specs}
+                assert seen == {(x, y) for x in values for y in others}, (one, other)
+
+
+@pytest.mark.parametrize(
+    ("runner", "preset", "name"),
+    [
+        (wrong_size, "rtdetr", "width-height"),
+        (wrong_first_size, "rfdetr", "first-size"),
+        (wrong_argmax, "rtdetr", "argmax"),
+        (wrong_label, "detr", "label-minus-one"),
+        (wrong_activation, "detr", "sigmoid"),
+        (wrong_threshold, "rtdetr", "no-threshold"),
+        (wrong_format, None, "reads-cxcywh"),
+        (wrong_background, "detr", "background-kept"),
+        (wrong_order_of_ties, "rtdetr", "higher-index-first"),
+        (wrong_score, "rtdetr", "half-scores"),
+    ],
+)
+def test_a_wrong_runner_is_told_what_it_does(runner, preset, name):
+    report = conform(runner, preset)
+    assert not report.ok
+    assert [difference.name for difference in report.differences] == [name]
+    assert all(case.explained for case in report.cases)
+    assert next(fault.words for fault in FAULTS if fault.name == name) in str(report)
+
+
+def test_two_faults_at_once_are_both_named():
+    def runner(inputs):
+        return wrong_size(changed(inputs, selection="per_query"))
+
+    report = conform(runner, "rtdetr")
+    assert {difference.name for difference in report.differences} == {"argmax", "width-height"}
+
+
+def test_what_no_fault_explains_is_shown_by_its_first_slot():
+    def runner(inputs):
+        found = decode_as_detpost(inputs)
+        return found._replace(boxes=found.boxes * 1.37 + 5)
+
+    report = conform(runner, "rtdetr")
+    assert not report.ok
+    assert "what that does not explain" in str(report)
+    assert "image 0, slot 0: boxes (" in str(report)
+
+
+def test_missing_slots_are_wrong_slots():
+    def runner(inputs):
+        return decode_as_detpost(changed(inputs, top_k=10))
+
+    report = conform(runner, "rtdetr")
+    assert not report.ok
+    assert "10 slots, where" in str(report)
+
+
+@pytest.mark.parametrize(
+    ("give", "said"),
+    [
+        (lambda inputs: 1 / 0, "ZeroDivisionError"),
+        (lambda inputs: None, "it gave a NoneType"),
+        (lambda inputs: {"labels": 1}, "no boxes in its answer"),
+        (lambda inputs: decode_as_detpost(inputs)._replace(boxes=torch.zeros(1, 2, 3)), "its boxes must have shape"),
+        (lambda inputs: {**decode_as_detpost(inputs)._asdict(), "scores": [["a"]]}, "its scores are no numbers"),
+    ],
+)
+def test_a_runner_without_an_answer_fails_the_case_in_a_line(give: Callable, said):
+    report = conform(give, "rtdetr")
+    assert not report.ok
+    assert all(said in case.failure for case in report.cases)
+    assert report.shares["labels"] == 0
+    assert json.loads(report.to_json())["ok"] is False
+
+
+RUNNER = """
+    import json, sys
+    import numpy as np
+
+    given = np.load(sys.argv[1])
+    spec = json.loads(str(given["spec"]))
+    rows = given["pred_logits"].astype(np.float32).reshape(len(given["pred_logits"]), -1)
+    count = min(spec["top_k"], rows.shape[1])
+    labels = np.zeros((len(rows), count), dtype=np.int64)
+    zeros = np.zeros((len(rows), count), dtype=np.float32)
+    np.savez(sys.argv[2], labels=labels, boxes=np.repeat(zeros[..., None], 4, -1), scores=zeros, valid=zeros == 0)
+"""
+
+
+def test_the_command_runs_a_program_and_a_function(tmp_path, monkeypatch):
+    program = tmp_path / "runner.py"
+    program.write_text(textwrap.dedent(RUNNER))
+    report = tmp_path / "report.json"
+    command = f"{sys.executable} {program}"
+    result = CliRunner().invoke(app, ["conform", command, "--preset", "rtdetr", "--json", str(report)])
+    assert result.exit_code == 1, result.output
+    assert json.loads(report.read_text())["shares"]["labels"] < 1
+
+    (tmp_path / "my_decode.py").write_text(
+        "import json, torch\nfrom detpost import DecodeSpec, DetectionPostProcessor\n\n"
+        "def decode(pred_logits, pred_boxes, image_sizes, spec):\n"
+        "    post = DetectionPostProcessor(DecodeSpec(**json.loads(spec.item())))\n"
+        "    found = post(*map(torch.from_numpy, (pred_logits, pred_boxes, image_sizes)))\n"
+        "    return found.labels, found.boxes, found.scores, found.valid\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    result = CliRunner().invoke(app, ["conform", "my_decode:decode"])
+    assert result.exit_code == 0, result.output
+    assert "62 of 62 cases agree" in result.output
+
+
+def test_a_runner_that_is_not_there_is_one_line(monkeypatch):
+    with pytest.raises(ImportError, match="no module no_such"):
+        conform("no_such:decode")
+    with pytest.raises(ImportError, match="has no decode_it"):
+        conform("json:decode_it")
+    with pytest.raises(ValueError, match="no command 'no-such-program'"):
+        conform("no-such-program --flag")
+    with pytest.raises(ValueError, match="must be a command"):
+        conform("")
+
+
+def test_a_fault_leaves_alone_what_it_does_not_concern():
+    case = all_cases("detr")[0]
+    assert not case.spec.clip
+    plan = plan_of(case)
+    by_name = {fault.name: fault.change for fault in FAULTS}
+    assert by_name["argmax"](plan) == plan
+    assert by_name["no-threshold"](plan) == plan
+    assert by_name["clipped"](plan) == replace(plan, clip=True)
