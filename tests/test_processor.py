@@ -70,3 +70,10 @@ def test_every_test_that_a_level_names_is_there():
     script = runpy.run_path(str(ROOT / "scripts" / "test_processors.py"))
     named = {path for level in script["levels"]() for path in level.tests}
     assert not [path for path in named if not (ROOT / path).exists()]
+
+
+def test_a_level_runs_its_tests_and_the_one_that_watches_it():
+    script = runpy.run_path(str(ROOT / "scripts" / "test_processors.py"))
+    outcome = script["run"](script["Level"]({"DETPOST_KERNEL": "numpy"}, tests=()))
+    assert outcome.is_good, outcome.said
+    assert outcome.counts == {"passed": 1, "failed": 0, "skipped": 0}

@@ -29,12 +29,13 @@ def steady(theirs, pred: Tensor, target: Tensor, cotangent: Tensor, tolerance: f
     """Which fields (B, C) of kornia's value and gradient do not hang on rounding.
 
     Found by moving the prediction by some rounding steps of its dtype, in float64: where fields tie for an extreme, or
-    nearly, kornia gives its gradient to others then.
+    nearly, kornia gives its gradient to others then. Each move has its opposite: of two that tie, each is once ahead.
     """
     step = 16 * torch.finfo(pred.dtype).eps
+    moves = torch.rand(3, *pred.shape).double() * 2 - 1
     base, *moved = (
         value_and_gradient(theirs, pred.double() + step * noise, target, cotangent.double())
-        for noise in [torch.zeros_like(pred.double()), *(torch.rand(6, *pred.shape).double() * 2 - 1)]
+        for noise in [torch.zeros_like(pred.double()), *moves, *-moves]
     )
     by_field = [(value.squeeze(2).transpose(0, 1), gradient) for value, gradient in [base, *moved]]
     verdicts = []
