@@ -236,7 +236,7 @@ def decode(logits: Tensor, boxes: Tensor, image_sizes: Tensor | None, spec: Deco
         return None
     kind = _kind_of(logits.device)
     if kind == "native":
-        if not native_decode.takes_spec(spec) or not native_selection.takes_scores(logits.dtype):
+        if not native_selection.takes_scores(logits.dtype):
             return None
         observed = _is_observed(logits, boxes, image_sizes)
         run = native_decode.decode_as_operator if observed else native_decode.decode

@@ -1,5 +1,6 @@
 // From raw logits and boxes to detections.
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <limits>
@@ -12,12 +13,42 @@ namespace {
 
 thread_local Scratch scratch;
 
+enum Selection : int { kFlat = 0, kPerQuery = 1 };
 enum SizeType : int { kNoSizes = 0, kSizesFloat32 = 1, kSizesInt32 = 2, kSizesInt64 = 3 };
 enum BoxFormat : int { kCxcywh = 0, kXyxy = 1, kXywh = 2 };
 
+// exp(-i * step) in two parts, whose sum has twice the digits.
+template <int kCount>
+struct Exponentials {
+  float high[kCount], low[kCount];
+  explicit Exponentials(double step) {
+    for (int i = 0; i < kCount; ++i) {
+      const double value = std::exp(-i * step);
+      high[i] = static_cast<float>(value);
+      low[i] = static_cast<float>(value - high[i]);
+    }
+  }
+};
+
+// The tables of detpost/reference/softmax.py: exp(-i / 16), 0 at 64, and exp(-i / 4096). No entry is so near to where
+// float32 rounds the other way that it depended on the library that computes it. Then what makes an entry of the first
+// without looking it up: exp of whole numbers of logits, of fours, of halves and of sixteenths.
+struct SoftmaxTables {
+  float coarse[1025], fine[256];
+  Exponentials<32> logits{1.0};
+  Exponentials<8> fours{4.0}, halves{0.5};
+  Exponentials<16> sixteenths{1 / 16.0};
+  SoftmaxTables() {
+    for (int i = 0; i < 1024; ++i) coarse[i] = static_cast<float>(std::exp(-i / 16.0));
+    for (int i = 0; i < 256; ++i) fine[i] = static_cast<float>(std::exp(-i / 4096.0));
+    coarse[1024] = 0.0f;
+  }
+};
+const SoftmaxTables kSoftmaxTables;
+
 struct DecodeArguments {
   const void* logits;  // (batch, queries, classes), contiguous
-  int dtype;
+  int dtype, softmax, selection;
   int64_t queries, classes, kept, background;  // background: a channel, or -1
   const float* boxes;                          // (batch, queries, 4), contiguous
   const void* sizes;                           // (batch, 2), (height, width)
@@ -38,7 +69,7 @@ struct DecodeArguments {
 // All its arguments in one record of 8-byte numbers, addresses among them: ctypes spends longer on twenty arguments than
 // the decode of an image does on selecting.
 struct DecodeCall {
-  int64_t logits, dtype, batch, queries, classes, kept, background, boxes, sizes, size_type, box_format, clip;
+  int64_t logits, dtype, softmax, selection, batch, queries, classes, kept, background, boxes, sizes, size_type, box_format, clip;
   int64_t out_scores, out_labels, out_boxes, out_queries, out_valid, threads, has_threshold;
   double threshold;
 };
@@ -49,6 +80,8 @@ DETPOST_EXPORT int detpost_decode(const char* record) {
     std::memcpy(&call, record, sizeof call);
     const DecodeArguments arguments{reinterpret_cast<const void*>(call.logits),
                                     static_cast<int>(call.dtype),
+                                    static_cast<int>(call.softmax),
+                                    static_cast<int>(call.selection),
                                     call.queries,
                                     call.classes,
                                     call.kept,

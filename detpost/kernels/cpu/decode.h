@@ -3,6 +3,7 @@
 
 #include "arithmetic.h"
 #include "best_of_row.h"
+#include "softmax.h"
 
 DETPOST_INLINE float size_element(const DecodeArguments& of, int64_t i) {
   if (of.size_type == kSizesFloat32) return static_cast<const float*>(of.sizes)[i];
@@ -41,37 +42,112 @@ static void sigmoids(const float* logits, int64_t count, float* scores) {
   }
 }
 
+// What the detections of an image are chosen by: numbers, NaN for what is never chosen ahead of one, and never valid.
+struct Keys {
+  const float* values;
+  int64_t count;           // one for each pair of query and class, or for each query
+  const uint32_t* labels;  // of each query, or null
+};
+
+// A copy in which the channel of the background is NaN.
+static const float* without_background(const DecodeArguments& of, const float* logits) {
+  const int64_t width = of.queries * of.classes;
+  float* foreground = scratch.take<float>(0, width);
+  if (foreground != logits) std::memcpy(foreground, logits, width * sizeof *logits);
+  for (int64_t i = of.background; i < width; i += of.classes) foreground[i] = std::numeric_limits<float>::quiet_NaN();
+  return foreground;
+}
+
+// The softmax of every pair.
+static const float* all_probabilities(const DecodeArguments& of, const float* logits) {
+  const Limbs limbs(of.classes);
+  float* scores = scratch.take<float>(4, of.queries * of.classes);
+  for (int64_t query = 0; query < of.queries; ++query) {
+    const float* row = logits + query * of.classes;
+    float* out = scores + query * of.classes;
+    const Greatest peak = greatest_of(row, of.classes);
+    const float inverse = 1.0f / total_weight<true>(row, of.classes, peak.value, limbs, out);
+    for (int64_t i = 0; i < of.classes; ++i) out[i] *= inverse;
+    if (peak.has_nan) {
+      for (int64_t i = 0; i < of.classes; ++i) out[i] = std::numeric_limits<float>::quiet_NaN();
+    }
+    if (of.background >= 0) out[of.background] = std::numeric_limits<float>::quiet_NaN();
+  }
+  return scores;
+}
+
+// From how far the best logit of each query lies below the greatest, and what its weights sum up to: its probability.
+static void probabilities_of_best(const float* gaps, const float* totals, int64_t padded, float* scores) {
+  Floats gap, total;
+  for (int64_t i = 0; i < padded; i += kLanes) {
+    load(gap, gaps + i);
+    load(total, totals + i);
+    store(scores + i, weights_of(gap) * (1.0f / total));
+  }
+}
+
+// The best class of each query, by its logits: far below the background all its probabilities are 0.
+static Keys best_classes(const DecodeArguments& of, const float* logits) {
+  constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+  const int64_t padded = (of.queries + kLanes - 1) / kLanes * kLanes;
+  float* keys = scratch.take<float>(4, 4 * padded);
+  float *gaps = keys + padded, *totals = gaps + padded;
+  uint32_t* labels = reinterpret_cast<uint32_t*>(totals + padded);
+  const Limbs limbs(of.classes);
+  const int64_t first = of.background == 0, last = of.classes - (of.background > 0);
+  for (int64_t query = 0; query < padded; ++query) {
+    gaps[query] = 0.0f, totals[query] = 1.0f;
+    if (query >= of.queries) continue;
+    const float* row = logits + query * of.classes;
+    Greatest best = greatest_of(row + first, last - first), peak = best;
+    const int64_t label = first_place(row, first, last, best.value);
+    labels[query] = static_cast<uint32_t>(label);
+    keys[query] = label < last ? best.value : kNaN;
+    if (!of.softmax) continue;
+    if (of.background >= 0) {
+      const float background = row[of.background];
+      peak.value = background > peak.value ? background : peak.value;
+      peak.has_nan = peak.has_nan || background != background;
+    }
+    gaps[query] = best.value == -kInfinity ? kInfinity : best.value == peak.value ? 0.0f : peak.value - best.value;
+    totals[query] = peak.has_nan || label == last ? kNaN : total_weight<false>(row, of.classes, peak.value, limbs, nullptr);
+  }
+  if (of.softmax) probabilities_of_best(gaps, totals, padded, keys);
+  return {keys, of.queries, labels};
+}
+
+static Keys keys_of(const DecodeArguments& of, const float* logits) {
+  if (of.selection == kPerQuery) return best_classes(of, logits);
+  const int64_t pairs = of.queries * of.classes;
+  if (of.softmax) return {all_probabilities(of, logits), pairs, nullptr};
+  return {of.background < 0 ? logits : without_background(of, logits), pairs, nullptr};
+}
+
 static void decode_image(const void* data, int64_t image) {
   const DecodeArguments& of = *static_cast<const DecodeArguments*>(data);
-  const int64_t width = of.queries * of.classes;
-  const float* row = as_float_row(of.logits, of.dtype, image, width);
-  if (of.background >= 0) {  // NaN is never ahead of a number and never valid
-    float* foreground = scratch.take<float>(0, width);
-    if (foreground != row) std::memcpy(foreground, row, width * sizeof *row);
-    for (int64_t i = of.background; i < width; i += of.classes) foreground[i] = std::numeric_limits<float>::quiet_NaN();
-    row = foreground;
-  }
+  const Keys keys = keys_of(of, as_float_row(of.logits, of.dtype, image, of.queries * of.classes));
   uint32_t* best = scratch.take<uint32_t>(7, of.kept);
-  select_best(row, width, of.kept, best);
+  select_best(keys.values, keys.count, of.kept, best);
 
   const float image_height = of.size_type == kNoSizes ? 1.0f : size_element(of, 2 * image);
   const float image_width = of.size_type == kNoSizes ? 1.0f : size_element(of, 2 * image + 1);
   const float* boxes = of.boxes + image * of.queries * 4;
   const uint32_t classes = static_cast<uint32_t>(of.classes);
   const int64_t padded = (of.kept + 7) / 8 * 8;
-  float* logits = scratch.take<float>(1, 2 * padded);
-  float* scores = logits + padded;
-  for (int64_t i = 0; i < padded; ++i) logits[i] = i < of.kept ? row[best[i]] : 0.0f;
-  sigmoids(logits, padded, scores);
+  float* chosen = scratch.take<float>(1, 2 * padded);
+  float* scores = of.softmax ? chosen : chosen + padded;
+  for (int64_t i = 0; i < padded; ++i) chosen[i] = i < of.kept ? keys.values[best[i]] : 0.0f;
+  if (!of.softmax) sigmoids(chosen, padded, scores);
   for (int64_t i = 0; i < of.kept; ++i) {
     const int64_t slot = image * of.kept + i;
-    const float logit = logits[i], score = scores[i];
-    const uint32_t query = best[i] / classes;
-    const bool valid = logit == logit && (!of.has_threshold || score > of.threshold);
+    const float key = chosen[i], score = scores[i];
+    const uint32_t query = keys.labels ? best[i] : best[i] / classes;
+    const uint32_t label = keys.labels ? keys.labels[query] : best[i] - query * classes;
+    const bool valid = key == key && (!of.has_threshold || score > of.threshold);
     float box[4];
     decode_box(of, boxes + 4 * query, image_width, image_height, box);
     of.out_scores[slot] = valid ? score : 0.0f;
-    of.out_labels[slot] = valid ? static_cast<int64_t>(best[i] - query * classes) : -1;
+    of.out_labels[slot] = valid ? static_cast<int64_t>(label) : -1;
     of.out_queries[slot] = valid ? static_cast<int64_t>(query) : -1;
     of.out_valid[slot] = valid;
     for (int side = 0; side < 4; ++side) of.out_boxes[4 * slot + side] = valid ? box[side] : 0.0f;

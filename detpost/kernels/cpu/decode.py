@@ -15,12 +15,12 @@ from detpost.kernels.cpu import library
 from detpost.kernels.cpu.selection import DTYPES
 from detpost.spec import DecodeSpec
 
-__all__ = ["decode", "decode_as_operator", "takes_spec"]
+__all__ = ["decode", "decode_as_operator"]
 
 _SIZE_TYPES = {torch.float32: 1, torch.int32: 2, torch.int64: 3}
 _BOX_FORMATS = {"cxcywh": 0, "xyxy": 1, "xywh": 2}
 # Addresses and whole numbers in the order of DecodeCall, and the threshold.
-_RECORD = struct.Struct("=19qd")
+_RECORD = struct.Struct("=21qd")
 
 
 @functools.cache
@@ -29,19 +29,14 @@ def _run() -> Callable[[bytes], None]:
     return run
 
 
-def takes_spec(spec: DecodeSpec) -> bool:
-    """Whether :func:`decode` knows this kind of decode: sigmoid scores, the best of all (query, class) pairs."""
-    return spec.activation == "sigmoid" and spec.selection == "flat"
-
-
 def decode(logits: Tensor, boxes: Tensor, image_sizes: Tensor | None, spec: DecodeSpec) -> Detections:
     """Decode as :class:`detpost.DetectionPostProcessor` does, in one pass and without a gradient.
 
     Args:
-        logits: (B, Q, C), float32, float16 or bfloat16, on the CPU; Q * C below 2**31.
+        logits: (B, Q, C), float32, float16 or bfloat16, on the CPU; Q * C below 2**31, C up to 2**23.
         boxes: (B, Q, 4), floating but not float64, on the CPU.
         image_sizes: (B, 2), (height, width) in pixels, or ``None``.
-        spec: one that :func:`takes_spec` takes.
+        spec: what the decode does.
 
     Returns:
         The detections.
@@ -55,9 +50,10 @@ def decode_as_operator(logits: Tensor, boxes: Tensor, image_sizes: Tensor | None
     return Detections(*torch.ops.detpost.native_decode(logits, boxes, image_sizes, *arguments))
 
 
-def _spec_arguments(spec: DecodeSpec, classes: int) -> tuple[int, int, int, bool, float | None]:
+def _spec_arguments(spec: DecodeSpec, classes: int) -> tuple[int, bool, bool, int, int, bool, float | None]:
     background = {"none": -1, "first": 0, "last": classes - 1}[spec.background]
-    return spec.top_k, background, _BOX_FORMATS[spec.box_format], spec.clip, spec.score_threshold
+    softmax, per_query = spec.activation == "softmax", spec.selection == "per_query"
+    return spec.top_k, softmax, per_query, background, _BOX_FORMATS[spec.box_format], spec.clip, spec.score_threshold
 
 
 def _decode(
@@ -65,13 +61,15 @@ def _decode(
     boxes: Tensor,
     image_sizes: Tensor | None,
     top_k: int,
+    softmax: bool,
+    per_query: bool,
     background: int,
     box_format: int,
     clip: bool,
     threshold: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     batch, queries, classes = logits.shape
-    kept = min(top_k, queries * classes)
+    kept = min(top_k, queries if per_query else queries * classes)
     if not logits.is_contiguous():
         logits = logits.contiguous()
     if boxes.dtype != torch.float32 or not boxes.is_contiguous():
@@ -89,7 +87,7 @@ def _decode(
     chosen, valid = like(index_like), like(valid_like)
     if batch and kept:
         record = _RECORD.pack(
-            *(logits.data_ptr(), DTYPES[logits.dtype], batch, queries, classes, kept, background),
+            *(logits.data_ptr(), DTYPES[logits.dtype], softmax, per_query, batch, queries, classes, kept, background),
             *(boxes.data_ptr(), sizes_at, size_type, box_format, clip),
             *(scores.data_ptr(), labels.data_ptr(), corners.data_ptr(), chosen.data_ptr(), valid.data_ptr()),
             *(torch.get_num_threads(), threshold is not None, threshold or 0.0),
@@ -115,12 +113,15 @@ def _decode_fake(
     boxes: Tensor,
     image_sizes: Tensor | None,
     top_k: int,
+    softmax: bool,
+    per_query: bool,
     background: int,
     box_format: int,
     clip: bool,
     threshold: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    shape = (logits.shape[0], min(top_k, logits.shape[1] * logits.shape[2]))
+    candidates = logits.shape[1] if per_query else logits.shape[1] * logits.shape[2]
+    shape = (logits.shape[0], min(top_k, candidates))
     scores = logits.new_empty(shape, dtype=torch.float32)
     labels = logits.new_empty(shape, dtype=torch.int64)
     corners = logits.new_empty((*shape, 4), dtype=torch.float32)
@@ -128,8 +129,8 @@ def _decode_fake(
 
 
 library.register(
-    "native_decode(Tensor logits, Tensor boxes, Tensor? image_sizes, int top_k, int background, int box_format, "
-    "bool clip, float? threshold) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "native_decode(Tensor logits, Tensor boxes, Tensor? image_sizes, int top_k, bool softmax, bool per_query, "
+    "int background, int box_format, bool clip, float? threshold) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _decode,
     _decode_fake,
 )

@@ -19,7 +19,7 @@ import torch
 
 __all__ = ["function", "instructions", "missing", "register"]
 
-_INTERFACE = 7
+_INTERFACE = 8
 
 
 @functools.cache

@@ -99,5 +99,7 @@ def test_operators_keep_their_contract_with_the_compiler(shape):
     torch.library.opcheck(torch.ops.detpost.native_select, (logits.flatten(1), 7), test_utils=tuple(test))
     for sizes in (None, torch.ones(shape[0], 2)):
         torch.library.opcheck(
-            torch.ops.detpost.native_decode, (logits, boxes, sizes, 7, -1, 0, True, 0.5), test_utils=tuple(test)
+            torch.ops.detpost.native_decode,
+            (logits, boxes, sizes, 7, True, False, -1, 0, True, 0.5),
+            test_utils=tuple(test),
         )
