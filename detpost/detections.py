@@ -12,7 +12,7 @@ from torch.utils._pytree import _register_namedtuple
 
 from detpost.boxes import convert
 
-__all__ = ["Detections"]
+__all__ = ["Detections", "split_by_image"]
 
 _T = TypeVar("_T")
 
@@ -60,11 +60,9 @@ class Detections(NamedTuple):
             >>> post(logits, boxes, torch.tensor([[10, 20]])).to_list()[0]["boxes"]
             tensor([[ 0.,  0., 20., 10.]])
         """
+        images = split_by_image(self.valid, self.scores, self.labels, self.boxes, self.queries)
         names = ("scores", "labels", "boxes", "queries")
-        return [
-            {name: values[keep] for name, values in zip(names, rows, strict=True)}
-            for *rows, keep in zip(self.scores, self.labels, self.boxes, self.queries, self.valid, strict=True)
-        ]
+        return [dict(zip(names, image, strict=True)) for image in images]
 
     def to_coco(
         self, image_ids: Sequence[int | str], category_ids: Sequence[int] | Mapping[int, int] | None = None
@@ -91,13 +89,16 @@ class Detections(NamedTuple):
         """
         if len(image_ids) != len(self.scores):
             raise ValueError(f"image_ids must have one id for each of {len(self.scores)} images; got {len(image_ids)}")
-        rows: list[dict[str, Any]] = []
-        for image_id, image in zip(image_ids, self.to_list(), strict=True):
-            corners = convert(image["boxes"].detach(), "xyxy", "xywh").tolist()
-            for score, label, box in zip(image["scores"].tolist(), image["labels"].tolist(), corners, strict=True):
-                category = label if category_ids is None else _plain(_of_label(category_ids, label, "category_ids"))
-                rows.append({"image_id": _plain(image_id), "category_id": category, "bbox": box, "score": score})
-        return rows
+        ids = [_plain(image_id) for image_id in image_ids]
+        corners = convert(self.boxes.detach(), "xyxy", "xywh")
+        host = (values.tolist() for values in (self.valid, self.scores, self.labels, corners))  # detpost: allow DP010
+        categories = _Categories(category_ids)
+        return [
+            {"image_id": image_id, "category_id": categories[label], "bbox": box, "score": score}
+            for image_id, *image in zip(ids, *host, strict=True)
+            for valid, score, label, box in zip(*image, strict=True)
+            if valid
+        ]
 
     def to_supervision(self, index: int, class_names: Sequence[str] | Mapping[int, str] | None = None) -> Any:
         """Give the detections of one image as ``supervision.Detections``.
@@ -145,17 +146,32 @@ class Detections(NamedTuple):
             >>> post(torch.tensor([[[0.0, -2.0]]]), boxes, torch.tensor([[10, 20]])).to_kornia()
             [tensor([[ 0.0000,  0.5000,  0.0000,  0.0000, 20.0000, 10.0000]])]
         """
-        return [
-            torch.cat(
-                (
-                    image["labels"].to(image["scores"].dtype).unsqueeze(-1),
-                    image["scores"].unsqueeze(-1),
-                    convert(image["boxes"], "xyxy", "xywh").to(image["scores"].dtype),
-                ),
-                dim=-1,
-            )
-            for image in self.to_list()
-        ]
+        kind = self.scores.dtype
+        columns = self.labels.to(kind).unsqueeze(-1), self.scores.unsqueeze(-1)
+        rows = torch.cat((*columns, convert(self.boxes, "xyxy", "xywh").to(kind)), dim=-1)  # (B, K, 6)
+        return [image for (image,) in split_by_image(self.valid, rows)]
+
+
+def split_by_image(valid: Tensor, *values: Tensor) -> list[tuple[Tensor, ...]]:
+    """Split values by image and leave out what is not valid: a few operators for the whole batch.
+
+    Args:
+        valid: (B, K), bool; read on the host.
+        values: (B, K, ...) each.
+
+    Returns:
+        For each image the D rows (D, ...) of each of the values whose slot is valid: copies, still differentiable.
+
+    Example:
+        >>> split_by_image(torch.tensor([[True, False], [True, True]]), torch.tensor([[1, 2], [3, 4]]))
+        [(tensor([1]),), (tensor([3, 4]),)]
+    """
+    counts = valid.sum(dim=1).tolist()  # detpost: allow DP010: lists are made on the host
+    if all(count == valid.shape[1] for count in counts):
+        return list(zip(*(rows.clone().unbind(0) for rows in values), strict=True))
+    places = valid.flatten().nonzero().squeeze(1)  # detpost: allow DP020: as long as what is valid
+    parts = (rows.flatten(0, 1).index_select(0, places).split_with_sizes(counts) for rows in values)
+    return list(zip(*parts, strict=True))
 
 
 def _replaced(detections: Detections, /, **fields: Tensor) -> Detections:
@@ -168,6 +184,19 @@ Detections._replace = _replaced  # type: ignore[method-assign,assignment]
 
 # Under this name a saved torch.export program finds the type again.
 _register_namedtuple(Detections, serialized_type_name="detpost.Detections")
+
+
+class _Categories(dict[int, Any]):
+    """The category id of each label that is met: looked up once."""
+
+    def __init__(self, table: Sequence[int] | Mapping[int, int] | None) -> None:
+        super().__init__()
+        self._table = table
+
+    def __missing__(self, label: int) -> Any:
+        table = self._table
+        self[label] = found = label if table is None else _plain(_of_label(table, label, "category_ids"))
+        return found
 
 
 def _of_label(table: Sequence[_T] | Mapping[int, _T], label: int, name: str) -> _T:

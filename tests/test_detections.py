@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from detpost import DecodeSpec, DetectionPostProcessor, Detections
+from detpost.detections import split_by_image
 from tests.mixin import assert_same, one_line
 
 
@@ -229,3 +230,18 @@ def test_an_exported_program_is_saved_and_loaded_with_its_detections(tmp_path):
     for loaded in (torch.export.load(tmp_path / "post.pt2").module()(*inputs), torch.load(tmp_path / "found.pt")):
         for name, value, wanted in zip(Detections._fields, loaded, post(*inputs), strict=True):
             assert torch.equal(value, wanted), name
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("shape", [(0, 4), (1, 0), (1, 7), (3, 5)])
+def test_split_values_are_copies_of_what_a_mask_takes(share, shape):
+    valid = torch.rand(shape) < share
+    values = torch.randn(*shape, 4), torch.arange(valid.numel()).reshape(shape)
+    before = [value.clone() for value in values]
+    found = split_by_image(valid, *values)
+    assert len(found) == len(valid)
+    for image, kept, *rows in zip(found, valid, *before, strict=True):
+        for got, all_rows in zip(image, rows, strict=True):
+            assert torch.equal(got, all_rows[kept])
+            got.zero_()
+    assert all(torch.equal(value, same) for value, same in zip(values, before, strict=True))

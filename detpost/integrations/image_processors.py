@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
+from detpost.detections import split_by_image
 from detpost.integrations.conventions import in_query_order, size_rows
 from detpost.postprocess import DetectionPostProcessor
 from detpost.spec import DecodeSpec
@@ -207,8 +208,8 @@ def _post_process(
     found = DetectionPostProcessor(spec)(logits, boxes, sizes)
     if spec.selection == "per_query":
         found = in_query_order(found, queries)
-    kept = found._replace(valid=found.valid & (found.scores > threshold))
-    return [{name: image[name] for name in ("scores", "labels", "boxes")} for image in kept.to_list()]
+    images = split_by_image(found.valid & (found.scores > threshold), found.scores, found.labels, found.boxes)
+    return [dict(zip(("scores", "labels", "boxes"), image, strict=True)) for image in images]
 
 
 def _decode_of(family: Any) -> _Decode:

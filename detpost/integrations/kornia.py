@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from detpost import boxes as box_ops
+from detpost.detections import split_by_image
 from detpost.postprocess import DetectionPostProcessor
 from detpost.spec import DecodeSpec
 
@@ -109,4 +110,4 @@ class DETRPostProcessor(nn.Module):
         keep = found.valid & (found.scores > threshold)
         if self.filter_as_zero:
             return torch.where(keep.unsqueeze(-1), rows, 0.0)
-        return [image[kept] for image, kept in zip(rows, keep, strict=True)]
+        return [image for (image,) in split_by_image(keep, rows)]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from detpost import boxes as box_ops
-from detpost.detections import Detections
+from detpost.detections import Detections, split_by_image
 from detpost.integrations.conventions import size_rows
 from detpost.selection import best_class, select_top_k
 
@@ -104,7 +104,7 @@ def postprocess(
     first = _first(preds)
     found = decode(first, size_rows(orig_shapes, first, "orig_shapes"), conf, classes, max_det)
     rows = torch.cat((found.boxes, found.scores.unsqueeze(-1), found.labels.unsqueeze(-1)), dim=-1)  # (B, K, 6)
-    return [image[kept] for image, kept in zip(rows, found.valid, strict=True)]
+    return [image for (image,) in split_by_image(found.valid, rows)]
 
 
 def postprocess_selected(
@@ -144,7 +144,7 @@ def postprocess_selected(
     corners = box_ops.scale(corners, size_rows(orig_shapes, first, "orig_shapes"))
     wanted = (values[..., 4] > conf) & _allowed(values[..., 5], classes)  # NaN is above nothing
     rows = torch.cat((corners, values[..., 4:]), dim=-1)
-    return [image[kept][:max_det] for image, kept in zip(rows, wanted, strict=True)]
+    return [image for (image,) in split_by_image(wanted & (wanted.cumsum(dim=1) <= max_det), rows)]
 
 
 @contextlib.contextmanager
