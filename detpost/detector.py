@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from detpost.detections import Detections
-from detpost.images import FixedSize, Prepare, Preprocessing, Ready, opened
+from detpost.images import FixedSize, Prepare, Preprocessing, Ready, Untouched, opened
 from detpost.integrations.model_names import look_up
 from detpost.postprocess import DetectionPostProcessor, DetectorModule
 from detpost.spec import DecodeSpec
@@ -298,6 +298,8 @@ def detector_of_file(opened: OpenedFile, threshold: float) -> Detector:
     inside = opened.metadata.get("preprocess_inside", False)
 
     def prepare_as(other: Preprocessing) -> Prepare:
+        if inside == "full":
+            return Untouched()
         same_size = replace(other, height=preprocessing.height, width=preprocessing.width)
         # A graph that scales and normalises leaves the resize alone to do here.
         fixed = Preprocessing(same_size.height, same_size.width, scale=1.0) if inside else same_size
@@ -309,7 +311,7 @@ def detector_of_file(opened: OpenedFile, threshold: float) -> Detector:
         {int(label): name for label, name in opened.metadata["class_names"].items()},
         opened.device,
         threshold,
-        feed.batch,
+        1 if inside == "full" else feed.batch,  # images of a batch have one size there
         DecodeSpec(**opened.metadata["spec"]) if "spec" in opened.metadata else None,
         preprocessing,
         prepare_as if opened.metadata.get("preprocessing_assumed", False) else None,

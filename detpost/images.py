@@ -286,6 +286,18 @@ class Preprocessing:
         return asdict(self)
 
 
+class Untouched(Prepare):
+    """Images as they are, for a network that resizes itself: a batch of one, since sizes differ."""
+
+    def one(self, image: Rows) -> Ready:
+        """Take an image whole; it stays uint8."""
+        return Ready(image.rows(0, image.height), (image.height, image.width))
+
+    def batch(self, images: Sequence[Ready]) -> tuple[Tensor, Tensor, None]:
+        """Bring images of one size together, as uint8."""
+        return torch.stack([image.pixels for image in images]).contiguous(), sizes_of(images), None
+
+
 class FixedSize(Prepare):
     """Every image to one size.
 

@@ -9,12 +9,25 @@ from pathlib import Path
 from typing import Annotated, Any, cast
 
 import typer
+from typer.core import TyperCommand
 
 import detpost
 from detpost.command import show
 from detpost.export.formats import format_of
 from detpost.integrations.model_names import check_file, look_up
 from detpost.spec import DecodeSpec, presets
+
+
+class _ExportCommand(TyperCommand):
+    """Takes ``--preprocess-inside`` without a value too, as version 0.1 had it."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if "--preprocess-inside" in args:
+            place = args.index("--preprocess-inside") + 1
+            if args[place : place + 1] not in (["scale"], ["full"]):
+                args = [*args[:place], "scale", *args[place:]]
+        return super().parse_args(ctx, args)
+
 
 app = typer.Typer(
     name="detpost",
@@ -31,6 +44,9 @@ BACKEND_HELP = "What runs a transformers detector: eager, compile, onnx, openvin
 CATEGORIES_HELP = "How classes find their category in the annotations: auto, name, order or label."
 IO_HELP = "What its runner takes: detpost (default), rtdetr, efficientnms, deepstream, ultralytics, frigate, roboflow."
 TIES_HELP = "Equal scores: exact (by default) in every runtime, or left to onnx."
+INSIDE_HELP = "Take uint8 images: scale (also without a value) scales and normalises inside, full resizes too."
+LETTERBOX_HELP = "With full: pad images with grey to keep their proportions."
+ANTIALIAS_HELP = "With full: whether the trained pipeline's resize was antialiased."
 TRUST_HELP = "Run Python code that comes with the model's weights; only where you trust it."
 
 
@@ -208,7 +224,7 @@ def doctor() -> None:
     show.print_parts(examine())
 
 
-@app.command(short_help="Export a detector with its post-processing, or a bare decode.")
+@app.command(cls=_ExportCommand, short_help="Export a detector with its post-processing, or a bare decode.")
 def export(
     model: Annotated[str, typer.Argument(help="tiny, a transformers directory or hub id, or post for a bare decode.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="File to write.")],
@@ -218,7 +234,9 @@ def export(
     size: Annotated[str | None, typer.Option(help="Network input as HEIGHTxWIDTH; the model's own by default.")] = None,
     queries: Annotated[bool, typer.Option(help="Give the query of each detection too.")] = False,
     keep_raw: Annotated[bool, typer.Option(help="Give pred_logits and pred_boxes too.")] = False,
-    preprocess_inside: Annotated[bool, typer.Option(help="Take uint8 images; scale and normalise inside.")] = False,
+    preprocess_inside: Annotated[str | None, typer.Option(help=INSIDE_HELP)] = None,
+    letterbox: Annotated[bool, typer.Option(help=LETTERBOX_HELP)] = False,
+    antialias: Annotated[bool, typer.Option(help=ANTIALIAS_HELP)] = True,
     dynamic_size: Annotated[bool, typer.Option(help="Leave the image size free.")] = False,
     static_batch: Annotated[bool, typer.Option(help="Fix the batch size to 1.")] = False,
     num_queries: Annotated[int | None, typer.Option(help="Q, for a bare decode.")] = None,
@@ -244,7 +262,8 @@ def export(
         ties=ties,
         queries=queries or None,
         keep_raw=keep_raw or None,
-        preprocess_inside=preprocess_inside or None,
+        preprocess_inside=preprocess_inside,
+        resize=_resize(preprocess_inside == "full", letterbox, antialias),
         opset=opset,
         exporter=exporter,
     )
@@ -285,6 +304,9 @@ def attach(
     keep_raw: Annotated[bool, typer.Option(help="Keep the raw outputs as pred_logits and pred_boxes.")] = False,
     top_k: Annotated[int | None, typer.Option(help="Most detections per image.")] = None,
     score_threshold: Annotated[float | None, typer.Option(help="Detections at or below it are not valid.")] = None,
+    preprocess_inside: Annotated[str | None, typer.Option(help="full takes uint8 images of any size.")] = None,
+    letterbox: Annotated[bool, typer.Option(help=LETTERBOX_HELP)] = False,
+    antialias: Annotated[bool, typer.Option(help=ANTIALIAS_HELP)] = True,
     size: Annotated[str | None, typer.Option(help="Network input as HEIGHTxWIDTH, where the source leaves it.")] = None,
     mean: Annotated[str | None, typer.Option(help="Subtracted from pixels of 0..1, as 0.485,0.456,0.406.")] = None,
     std: Annotated[str | None, typer.Option(help="Divides them then, as 0.229,0.224,0.225.")] = None,
@@ -302,6 +324,8 @@ def attach(
     from detpost.export import attach as attach_file
 
     preprocessing = _preprocessing(_size(size), mean, std)
+    if preprocess_inside not in (None, "full"):
+        raise ValueError(f"--preprocess-inside of attach must be full; got {preprocess_inside!r}")
     with show.steps() as say:
         written = attach_file(
             src,
@@ -316,6 +340,7 @@ def attach(
             preset=preset,
             image_size=_size(size),
             preprocessing=preprocessing,
+            resize_inside=_resize(preprocess_inside == "full", letterbox, antialias),
             progress=say,
         )
     show.print_written(written)
@@ -397,6 +422,17 @@ def _detector(
     loaded = load_detector(model, trust_remote_code=trust_remote_code)
     spec = replace(loaded.spec, **overrides) if preset is None else DecodeSpec.preset(preset, **overrides)
     return loaded.model, spec, {"preprocessing": loaded.export_preprocessing, "class_names": loaded.class_names}
+
+
+def _resize(inside: bool, letterbox: bool, antialias: bool) -> Any:
+    """Give how images are resized in the file, ``None`` where they are not."""
+    if not inside:
+        if letterbox or not antialias:
+            raise ValueError("--letterbox and --no-antialias are for a resize inside the file: ask for full")
+        return None
+    from detpost.export import Resize
+
+    return Resize(letterbox, antialias)
 
 
 def _preprocessing(size: tuple[int, int] | None, mean: str | None, std: str | None) -> Any:

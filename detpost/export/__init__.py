@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from detpost.export.attachment import attach as attach
     from detpost.export.compiled import compile as compile
     from detpost.export.cuda_graph import CudaGraph as CudaGraph
+    from detpost.export.front_graph import Resize as Resize
     from detpost.export.layouts import LAYOUTS as LAYOUTS
     from detpost.export.layouts import Layout as Layout
     from detpost.export.onnx import to_onnx as to_onnx
@@ -39,6 +40,7 @@ _HOMES = {
     "OpenVinoModel": "detpost.export.openvino:OpenVinoModel",
     "PackageExport": "detpost.export.written:WrittenFile",
     # Stands above the formats, because it opens them; its public name stays here.
+    "Resize": "detpost.export.front_graph:Resize",
     "VerifyReport": "detpost.verify:VerifyReport",
     "WrittenFile": "detpost.export.written:WrittenFile",
     "attach": "detpost.export.attachment:attach",
@@ -57,6 +59,7 @@ __all__ = [
     "Layout",
     "OpenPackage",
     "OpenVinoModel",
+    "Resize",
     "VerifyReport",
     "WrittenFile",
     "attach",

@@ -12,7 +12,15 @@ from detpost.export.artifact import describe, finish, recorded_metadata
 from detpost.export.beside import class_names_of
 from detpost.export.decode_graph import OLDEST_OPSET, Ties, decode_graph
 from detpost.export.feed import find_image_input, record_feed, recorded_preprocessing, stated_preprocessing
-from detpost.export.front_graph import done_by_runner, put_affine_in_front
+from detpost.export.front_graph import (
+    PLACEMENT,
+    RESIZE_OPSET,
+    Resize,
+    done_by_runner,
+    put_affine_in_front,
+    put_resize_in_front,
+    without_sizes,
+)
 from detpost.export.graph import import_onnx
 from detpost.export.layouts import Layout, layout_of
 from detpost.export.raw_values import RawValues, find_raw_values
@@ -45,6 +53,7 @@ def attach(
     preset: str | None = None,
     image_size: tuple[int, int] | None = None,
     preprocessing: Preprocessing | None = None,
+    resize_inside: Resize | None = None,
     class_names: Mapping[int, str] | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> WrittenFile:
@@ -72,6 +81,8 @@ def attach(
         preprocessing: how images become the source's input, recorded for ``Detector.load`` and ``verify``; ``None``
             takes what the source or a ``preprocessor_config.json`` beside it says, else assumes what the preset's
             detectors were trained on, and says so in the notes.
+        resize_inside: take images as uint8 (B, 3, H, W) of any size, all of a batch of the same, and resize, scale and
+            normalise them in the file; there are no ``image_sizes`` then, and boxes are in pixels of those images.
         class_names: the name of each label, recorded in the file; ``None`` takes what the source or a
             ``config.json`` beside it says.
         progress: called with one line before each long step.
@@ -102,7 +113,7 @@ def attach(
         (('features', 'points', 'image_sizes'), ('labels', 'boxes', 'scores', 'valid'))
     """
     say = progress or (lambda _: None)
-    layout = layout_of(io)
+    layout = layout_of(io) if resize_inside is None else without_sizes(layout_of(io))
     say("reading the source")
     source = read_onnx(Path(src))
     spec = spec or DecodeSpec.preset(preset or "rtdetr")
@@ -119,13 +130,16 @@ def attach(
         ties=ties,
         queries=queries,
         keep_raw=keep_raw,
+        resized_inside=resize_inside is not None,
         folder=source.folder,
         recorded=before.get("raw_values"),
     )
     names = class_names or before.get("class_names") or class_names_of(Path(src), properties)
     said = (preprocessing, "the caller") if preprocessing else stated_preprocessing(Path(src), before)
     feed, images = record_feed(true_inputs(attached.model.graph), attached.sizes, said, preset, image_size)
-    if feed and not feed["preprocess_inside"]:
+    if resize_inside is not None:
+        feed = _resized_inside(attached.model, feed, resize_inside, images)
+    elif feed and not feed["preprocess_inside"]:
         feed = _leave_to_runner(attached.model, layout, feed)
     own = {"exporter": "attach", "raw_values": attached.raw_values, "num_classes": attached.num_classes}
     metadata = {**describe(spec, names, layout, ties, keep_raw), **feed, **own}
@@ -134,6 +148,21 @@ def attach(
     return finish(
         attached.model, Path(dst), metadata, layout=layout, exporter="none", notes=notes, folder=source.folder
     )
+
+
+def _resized_inside(
+    model: onnx.ModelProto, feed: Mapping[str, Any], resize: Resize, notes: list[str]
+) -> dict[str, Any]:
+    """Put all preprocessing inside the model, and give the feed that is left."""
+    wanted = recorded_preprocessing(feed)
+    if wanted is None or feed["preprocess_inside"]:
+        raise ValueError(
+            "the resize cannot go inside: the source takes uint8 images already"
+            if wanted
+            else f"the resize cannot go inside: {notes[0]}"
+        )
+    put_resize_in_front(model, feed["feed"]["images"], wanted, resize)
+    return {**feed, "preprocess_inside": "full", "resize": vars(resize)}
 
 
 def _leave_to_runner(model: onnx.ModelProto, layout: Layout, feed: Mapping[str, Any]) -> dict[str, Any]:
@@ -174,16 +203,18 @@ def attach_graph(
     ties: Ties = "exact",
     queries: bool = False,
     keep_raw: bool = False,
+    resized_inside: bool = False,
     folder: Path | None = None,
     recorded: Mapping[str, str] | None = None,
 ) -> Attached:
     """Attach in memory: as :func:`attach`, from a model to a model. ``source`` is not changed.
 
     Its weights that lie in other files stay there, and are found in ``folder`` where the model must be run; in a file
-    of detpost's own, ``recorded`` names the raw values.
+    of detpost's own, ``recorded`` names the raw values. Where images are ``resized_inside``, boxes are put by the
+    values of ``PLACEMENT``, which the caller has still to write.
     """
     onnx = import_onnx()
-    model, notes = _at_least_opset(onnx, source)
+    model, notes = _at_least_opset(onnx, source, RESIZE_OPSET if resized_inside else OLDEST_OPSET)
     if model.functions:
         model = onnx.inliner.inline_local_functions(model)
     raw, said = find_raw_values(model, spec, logits, boxes, folder=folder, recorded=recorded)
@@ -216,7 +247,7 @@ def attach_graph(
         io=layout,
         ties=ties,
         queries=queries,
-        input_size=_input_size(model),
+        input_size=PLACEMENT if resized_inside else _input_size(model),
         dtypes=raw.dtypes,
         prefix=prefix,
     )
@@ -238,19 +269,21 @@ def _opset(model: onnx.ModelProto) -> int:
     return next(int(entry.version) for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
 
 
-def _at_least_opset(onnx: Any, source: onnx.ModelProto) -> tuple[onnx.ModelProto, list[str]]:
+def _at_least_opset(onnx: Any, source: onnx.ModelProto, least: int) -> tuple[onnx.ModelProto, list[str]]:
     model = onnx.ModelProto()
     model.CopyFrom(source)
     version = _opset(model)
-    if version >= OLDEST_OPSET:
+    if version >= least:
         return model, []
+    target = max(17, least)
     try:
-        converted = onnx.version_converter.convert_version(model, 17)
+        converted = onnx.version_converter.convert_version(model, target)
     except Exception as error:
         raise ValueError(
-            f"the source has opset {version}, older than {OLDEST_OPSET}, and cannot be converted: {first_line(error)}"
+            f"the source has opset {version}, older than {least}, and cannot be converted: {first_line(error)}"
         ) from error
-    return converted, [f"converted the source from opset {version} to 17: exact ties need {OLDEST_OPSET} or later"]
+    need = "exact ties need" if least == OLDEST_OPSET else "a resize like the trained one needs"
+    return converted, [f"converted the source from opset {version} to {target}: {need} {least} or later"]
 
 
 def _free_prefix(graph: onnx.GraphProto) -> str:
@@ -273,7 +306,7 @@ def _merge(
     """
     graph = model.graph
     final = list(decode.graph.output)
-    taken = {value.name for value in graph.input}
+    taken = {value.name for value in graph.input} | {*PLACEMENT}
     graph.input.extend(value for value in decode.graph.input[2:] if value.name not in taken)  # the image sizes
     graph.node.extend(decode.graph.node)
     graph.initializer.extend(decode.graph.initializer)

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from detpost.boxes import BoxFormat
+from detpost.export.front_graph import Placement
 from detpost.export.graph import Graph, Value, import_onnx
 from detpost.export.layouts import LEAST_LOGIT, NO_LOGIT, Layout, layout_of
 from detpost.export.selection_graph import Chosen, Rows, finite_keys, select, select_by_runner
@@ -40,7 +41,7 @@ def decode_graph(
     io: str | Layout = "detpost",
     ties: Ties = "exact",
     queries: bool = False,
-    input_size: tuple[int, int] | str | None = None,
+    input_size: tuple[int, int] | str | Placement | None = None,
     dtypes: tuple[torch.dtype, torch.dtype] = (torch.float32, torch.float32),
     dynamic_batch: bool = True,
     prefix: str = "detpost/",
@@ -56,7 +57,8 @@ def decode_graph(
         ties: whether the graph resolves equal scores itself, or leaves them to ONNX's promise of the lower index.
         queries: whether ``queries`` is an output.
         input_size: (height, width) of the network's input, or the name of the images (B, 3, H, W), which are an input
-            of this graph then; for layouts whose boxes are in its pixels.
+            of this graph then; for layouts whose boxes are in its pixels. A placement, whose values are inputs of this
+            graph, puts boxes in the image that was resized to it.
         dtypes: of logits and boxes as they come.
         dynamic_batch: whether B is free; else 1.
         prefix: begins the name of every node and inner value.
@@ -105,7 +107,7 @@ class _Decode:
         classes: int,
         ties: Ties,
         layout: Layout,
-        input_size: tuple[int, int] | str | None,
+        input_size: tuple[int, int] | str | Placement | None,
     ) -> None:
         self.g = g
         self.spec = spec
@@ -143,7 +145,9 @@ class _Decode:
             sides = g.node("GatherElements", g.node("Transpose", boxes, perm=[2, 0, 1]), places, axis=2)
             sides = _corners(g, sides, self.spec)
             limits = self._limits()
-            if limits is not None:
+            if isinstance(self.input_size, Placement):
+                sides = g.node("Sub", g.node("Mul", sides, self.input_size.factor), self.input_size.shift)
+            elif limits is not None:
                 sides = g.node("Mul", sides, limits)
             if self.spec.clip:
                 sides = g.node("Min", g.node("Max", sides, 0.0), 1.0 if limits is None else limits)
@@ -153,6 +157,8 @@ class _Decode:
     def _limits(self) -> Value | None:
         """Write width, height, width, height (4, B or 1, 1); ``None`` where they are 1."""
         g = self.g
+        if isinstance(self.input_size, Placement):
+            return self.input_size.bound
         if self.layout.sizes is not None:
             sizes = g.node("Transpose", g.cast(self.layout.sizes, "FLOAT"), perm=[1, 0])
             width, height = (0, 1) if self.layout.sizes_order == "wh" else (1, 0)
@@ -421,7 +427,10 @@ def _model(
     ]
     if layout.sizes is not None:
         inputs.append(helper.make_tensor_value_info(layout.sizes, kinds.INT64, [batch, 2]))
-    if isinstance(decode.input_size, str):
+    if isinstance(decode.input_size, Placement):
+        named = dict.fromkeys((*decode.input_size[:2], *([decode.input_size.bound] if decode.spec.clip else [])))
+        inputs += [helper.make_tensor_value_info(name, kinds.FLOAT, [4, 1, 1]) for name in named]
+    elif isinstance(decode.input_size, str):
         inputs.append(helper.make_tensor_value_info(decode.input_size, kinds.FLOAT, [batch, 3, "height", "width"]))
     described = [_described(decode, name, held, batch) for name, held in outputs.items()]
     graph = helper.make_graph(g.nodes, "detpost", inputs, described, g.constants)

@@ -14,7 +14,14 @@ from torch.overrides import TorchFunctionMode
 from detpost.export.artifact import describe, finish
 from detpost.export.attachment import attach_graph
 from detpost.export.decode_graph import OLDEST_OPSET, Ties, decode_graph
-from detpost.export.front_graph import done_by_runner, put_affine_in_front
+from detpost.export.front_graph import (
+    RESIZE_OPSET,
+    Resize,
+    done_by_runner,
+    put_affine_in_front,
+    put_resize_in_front,
+    without_sizes,
+)
 from detpost.export.graph import import_onnx
 from detpost.export.layouts import Layout, layout_of
 from detpost.export.runtime import onnx_session
@@ -52,7 +59,8 @@ def to_onnx(
     queries: bool = False,
     keep_raw: bool = False,
     preprocessing: Preprocessing | None = None,
-    preprocess_inside: bool = False,
+    preprocess_inside: bool | Literal["scale", "full"] = False,
+    resize: Resize | None = None,
     class_names: Mapping[int, str] | None = None,
     opset: int = DEFAULT_OPSET,
     exporter: Exporter = "auto",
@@ -87,7 +95,10 @@ def to_onnx(
         queries: whether ``queries`` (B, K) int64 is an output too.
         keep_raw: whether ``pred_logits`` and ``pred_boxes`` are outputs too.
         preprocessing: for a plain module, how images become its input; recorded in the file.
-        preprocess_inside: take ``images`` as uint8 0..255, resized but neither scaled nor normalised.
+        preprocess_inside: ``"scale"`` or ``True`` takes ``images`` as uint8 0..255, resized but neither scaled nor
+            normalised; ``"full"`` takes them as they are, uint8 (B, 3, H, W) of any size, all of a batch of the same:
+            one input, and boxes in pixels of these images. It needs operator set 18, and takes it.
+        resize: how ``"full"`` resizes; ``None`` stretches with antialiasing, as the families' own pipelines do.
         class_names: the name of each label, recorded in the file; ``None`` takes the model's own.
         opset: version of the default operator set, 11 or later.
         exporter: PyTorch's exporter; ``"auto"`` takes the first whose graph agrees with PyTorch.
@@ -107,8 +118,11 @@ def to_onnx(
         ...     to_onnx(post, f"{folder}/post.onnx", num_queries=20, num_classes=5).outputs
         ('labels', 'boxes', 'scores', 'valid')
     """
-    layout = layout_of(io)
-    _check_choices(ties, exporter, opset)
+    full = preprocess_inside == "full"
+    layout = without_sizes(layout_of(io)) if full else layout_of(io)
+    _check_choices(ties, exporter, opset, preprocess_inside)
+    if full and (dynamic_size or isinstance(model, DetectionPostProcessor)):
+        raise ValueError("preprocess_inside='full' is for a whole detector with an input of one size")
     say = progress or (lambda _: None)
     if isinstance(model, DetectionPostProcessor):
         if num_queries is None or num_classes is None:
@@ -132,7 +146,9 @@ def to_onnx(
         return finish(graph, Path(path), metadata, layout=layout, exporter="none")
     source = ExportSource.of(model, spec, image_size, preprocessing, class_names)
     with evaluating(source.model):
-        raw = _export_network(source, opset, exporter, dynamic_batch, dynamic_size, preprocess_inside, say)
+        version = max(opset, RESIZE_OPSET) if full else opset
+        scaled = bool(preprocess_inside) and not full
+        raw = _export_network(source, version, exporter, dynamic_batch, dynamic_size, scaled, say)
     say("attaching the post-processing")
     attached = attach_graph(
         raw.model,
@@ -143,9 +159,12 @@ def to_onnx(
         ties=ties,
         queries=queries,
         keep_raw=keep_raw,
+        resized_inside=full,
     )
-    preprocessing = source.preprocessing
-    if not preprocess_inside and done_by_runner(layout, preprocessing) != preprocessing:
+    preprocessing, resize = source.preprocessing, resize or Resize()
+    if full:
+        put_resize_in_front(attached.model, "images", preprocessing, resize)
+    elif not preprocess_inside and done_by_runner(layout, preprocessing) != preprocessing:
         preprocessing = done_by_runner(layout, preprocessing)
         put_affine_in_front(attached.model, "images", source.preprocessing, preprocessing)
     metadata = {
@@ -156,19 +175,21 @@ def to_onnx(
         "input_size": None if dynamic_size else list(source.image_size),
         "feed": {"images": "images", "image_sizes": layout.sizes, "ones": []},
         "preprocessing": preprocessing.to_dict(),
-        "preprocess_inside": preprocess_inside,
+        "preprocess_inside": "full" if full else bool(preprocess_inside),
+        **({"resize": vars(resize)} if full else {}),
     }
     say("checking and writing the file")
     return finish(attached.model, Path(path), metadata, layout=layout, exporter=raw.exporter, notes=raw.notes)
 
 
-def _check_choices(ties: str, exporter: str, opset: int) -> None:
+def _check_choices(ties: str, exporter: str, opset: int, preprocess_inside: bool | str) -> None:
     for name, value, allowed in (
+        ("preprocess_inside", preprocess_inside, (False, True, "scale", "full")),
         ("ties", ties, get_args(Ties)),
         ("exporter", exporter, get_args(Exporter)),
     ):
         if value not in allowed:
-            raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")
+            raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}; got {value!r}")
     if opset < OLDEST_OPSET:
         raise ValueError(f"opset must be {OLDEST_OPSET} or later; got {opset}")
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from detpost.detections import Detections
 from detpost.export.formats import ENDINGS
 from detpost.export.layouts import recorded_layout
-from detpost.images import Preprocessing
+from detpost.images import Preprocessing, Untouched
 from detpost.postprocess import DetectionPostProcessor
 from detpost.spec import DecodeSpec, presets
 
@@ -48,6 +48,7 @@ class Artifact:
         batch: the batch size where it is fixed.
         preprocessing: of a detector, how images become its input, where that is known.
         prepare_as: where that is an assumption, makes what ``detect`` takes of another preprocessing.
+        resizes: of a detector, whether it resizes images itself, in its own runtime.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Artifact:
     batch: int | None = None
     preprocessing: Preprocessing | None = None
     prepare_as: Callable[[Preprocessing], Prepare] | None = None
+    resizes: bool = False
 
 
 def open_artifact(source: Any) -> Artifact:
@@ -103,6 +105,7 @@ def _artifact_of(detector: Detector, name: str, detect: Callable[..., Found]) ->
         batch=detector.batch,
         preprocessing=detector.preprocessing,
         prepare_as=detector.prepare_as,
+        resizes=isinstance(detector.prepare, Untouched),
     )
 
 

@@ -46,7 +46,9 @@ class Match:
         return self.matched == self.first + self.second
 
 
-def match_detections(first: Detections, second: Detections, threshold: float) -> list[Match]:
+def match_detections(
+    first: Detections, second: Detections, threshold: float, most_score_difference: float = MOST_SCORE_DIFFERENCE
+) -> list[Match]:
     """Match the detections of two detectors on the same images.
 
     Args:
@@ -54,24 +56,25 @@ def match_detections(first: Detections, second: Detections, threshold: float) ->
         second: of the same B images.
         threshold: detections with ``score > threshold`` on their own side must have a partner. The partner may lie
             below it by the score tolerance, so that a score that rounds across the threshold is no difference.
+        most_score_difference: the score tolerance.
 
     Returns:
         One :class:`Match` per image.
     """
     if len(first.scores) != len(second.scores):
         raise ValueError(f"different numbers of images: {len(first.scores)} and {len(second.scores)}")
-    return [_match_image(one, other, threshold) for one, other in zip(first.to_list(), second.to_list(), strict=True)]
+    return [
+        _match_image(one, other, threshold, most_score_difference)
+        for one, other in zip(first.to_list(), second.to_list(), strict=True)
+    ]
 
 
-def _match_image(first: dict[str, Tensor], second: dict[str, Tensor], threshold: float) -> Match:
+def _match_image(first: dict[str, Tensor], second: dict[str, Tensor], threshold: float, tolerance: float) -> Match:
     a, b = (
-        {
-            name: values[side["scores"] > threshold - MOST_SCORE_DIFFERENCE].double().cpu()
-            for name, values in side.items()
-        }
+        {name: values[side["scores"] > threshold - tolerance].double().cpu() for name, values in side.items()}
         for side in (first, second)
     )
-    fits = _fits(a, b)
+    fits = _fits(a, b, tolerance)
     counted = [[i for i, score in enumerate(side["scores"].tolist()) if score > threshold] for side in (a, b)]
     # Each side's counted detections are paired for themselves, so that one below the threshold never takes another's
     # partner. A single pairing that serves the detections of both exists then (Mendelsohn and Dulmage 1958).
@@ -91,7 +94,7 @@ def _match_image(first: dict[str, Tensor], second: dict[str, Tensor], threshold:
     )
 
 
-def _fits(first: dict[str, Tensor], second: dict[str, Tensor]) -> Tensor:
+def _fits(first: dict[str, Tensor], second: dict[str, Tensor], tolerance: float) -> Tensor:
     """Tell which of N detections may be partner of which of M: (N, M) bool, made in strips that bound the memory."""
     from torchvision.ops import box_iou
 
@@ -99,7 +102,7 @@ def _fits(first: dict[str, Tensor], second: dict[str, Tensor]) -> Tensor:
     return torch.cat(
         [
             (labels[:, None] == second["labels"])
-            & ((scores[:, None] - second["scores"]).abs() <= MOST_SCORE_DIFFERENCE)
+            & ((scores[:, None] - second["scores"]).abs() <= tolerance)
             & (_overlap_with_points(boxes, second["boxes"], box_iou(boxes, second["boxes"])) >= LEAST_IOU)
             for scores, labels, boxes in strips
         ]

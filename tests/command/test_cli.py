@@ -99,6 +99,18 @@ def test_a_mean_that_is_not_three_numbers_is_refused(tmp_path, given):
     assert f"--mean must be three numbers with commas between them; got '{given}'" in str(refused.exception)
 
 
+def test_preprocess_inside_takes_a_value_or_none(tmp_path):
+    decode = ("export", "post", "--num-queries", "5", "--num-classes", "3", "--preprocess-inside")
+    assert invoke(*decode, "-o", str(tmp_path / "a.onnx")).exit_code == 0
+    assert invoke(*decode, "scale", "-o", str(tmp_path / "b.onnx")).exit_code == 0
+    refused = invoke(*decode, "full", "-o", str(tmp_path / "c.onnx"))
+    assert "is for a whole detector" in str(refused.exception)
+    source = written(tmp_path, foreign())
+    result = invoke("attach", str(source), "-o", str(tmp_path / "d.onnx"), "--preprocess-inside", "full", "--letterbox")
+    assert result.exit_code == 0, result.output
+    assert "inputs images; outputs" in result.output
+
+
 def test_an_export_of_another_decode_is_caught(tmp_path):
     for preset in ("rtdetr", "rfdetr"):
         out = tmp_path / f"{preset}.onnx"
