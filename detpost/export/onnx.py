@@ -26,7 +26,7 @@ from detpost.export.graph import import_onnx
 from detpost.export.layouts import Layout, layout_of
 from detpost.export.runtime import onnx_session
 from detpost.export.source import ExportSource, evaluating, first_line
-from detpost.export.torch_exporters import export_torchscript, quiet_exporter
+from detpost.export.torch_exporters import export_dynamo, export_torchscript
 from detpost.export.written import WrittenFile
 from detpost.images import Preprocessing
 from detpost.postprocess import DetectionPostProcessor, raw_outputs
@@ -257,25 +257,11 @@ def _torchscript(
 
 
 def _dynamo(network: nn.Module, example: Tensor, dynamic: dict[str, dict[int, str]], opset: int) -> onnx.ModelProto:
-    axes = {axis: torch.export.Dim(name) for axis, name in dynamic["images"].items()}
-    with quiet_exporter(), torch.no_grad():
-        program = torch.onnx.export(
-            network,
-            (example,),
-            input_names=["images"],
-            output_names=["pred_logits", "pred_boxes"],
-            dynamic_shapes=({**axes},) if axes else None,
-            opset_version=max(opset, 18),
-            dynamo=True,
-            verbose=False,
-        )
-    if program is None:
-        raise ValueError("no program came back")
-    return program.model_proto
+    return export_dynamo(network, example, "images", ("pred_logits", "pred_boxes"), dynamic["images"], opset)
 
 
 # In the order of trying: the older exporter takes every family of the presets with a free batch size, in a fraction of
-# the time; the newer one has no function for an operator of RT-DETRv2 then.
+# the time.
 _EXPORTERS: dict[str, Callable[[nn.Module, Tensor, dict[str, dict[int, str]], int], Any]] = {
     "torchscript": _torchscript,
     "dynamo": _dynamo,

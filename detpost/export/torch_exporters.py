@@ -7,7 +7,7 @@ import io
 import logging
 import warnings
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from detpost.export.graph import import_onnx
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["NEWEST_TORCHSCRIPT_OPSET", "export_torchscript", "quiet_exporter"]
+__all__ = ["NEWEST_TORCHSCRIPT_OPSET", "export_dynamo", "export_torchscript", "quiet_exporter"]
 
 NEWEST_TORCHSCRIPT_OPSET = 20
 
@@ -45,6 +45,51 @@ def export_torchscript(
             dynamo=False,
         )
     return onnx.load_model_from_string(buffer.getvalue())
+
+
+def export_dynamo(
+    module: nn.Module, example: Tensor, images: str, outputs: tuple[str, ...], free: dict[int, str], opset: int
+) -> onnx.ModelProto:
+    """Export a module of images to ONNX in memory by ``torch.export``.
+
+    Traced as ``torch.compile`` does first: run as it is, transformers' RT-DETRv2 ties the graph to the batch size of
+    the example.
+    """
+    shapes = ({axis: torch.export.Dim(name, min=1) for axis, name in free.items()},) if free else None
+    failure: Exception | None = None
+    for strict in (True, False):
+        try:
+            with quiet_exporter(), torch.no_grad():
+                traced = torch.export.export(module, (example,), dynamic_shapes=shapes, strict=strict)
+                program = torch.onnx.export(
+                    traced,
+                    input_names=[images],
+                    output_names=list(outputs),
+                    opset_version=max(opset, 18),
+                    dynamo=True,
+                    verbose=False,
+                    custom_translation_table=_translations(),
+                )
+        except Exception as error:  # it may fail with anything, and the other way of tracing may not
+            failure = failure or error
+            continue
+        if program is not None:
+            return program.model_proto
+    raise failure or ValueError("no program came back")
+
+
+def _translations() -> dict[Any, Any]:
+    """Give ONNX functions for operators of PyTorch that its exporter has none for."""
+    from onnxscript import opset18 as op
+
+    def is_all_true(self: Any) -> Any:
+        """Translate a check of RT-DETRv2's shapes, which a free batch size leaves in the graph."""
+        return op.Cast(op.ReduceMin(op.Cast(self, to=_INT32), keepdims=0), to=_BOOL)
+
+    return {torch.ops.aten._is_all_true.default: is_all_true}
+
+
+_INT32, _BOOL = 6, 9  # ONNX's numbers of dtypes
 
 
 @contextlib.contextmanager

@@ -115,6 +115,15 @@ def test_attention_that_allows_shared_keys_exports_where_none_are_shared(exporte
     assert result.exporter == exporter
 
 
+@pytest.mark.slow
+def test_the_newer_exporter_takes_rt_detr_v2_with_a_free_batch(tmp_path):
+    result = to_onnx(detector("rt_detr_v2"), tmp_path / "out.onnx", image_size=(SIDE, SIDE), exporter="dynamo")
+    assert result.exporter == "dynamo"
+    batch = onnx.load(tmp_path / "out.onnx").graph.input[0].type.tensor_type.shape.dim[0]
+    assert batch.dim_param
+    assert not batch.dim_value
+
+
 def test_both_exporters_give_the_same_answer(tmp_path):
     answers = []
     for exporter in ("torchscript", "dynamo"):
