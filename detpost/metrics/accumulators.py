@@ -96,10 +96,9 @@ class Metric:
         Raises:
             ValueError: no batch has come.
         """
-        seen = _over_processes(self._seen)
-        if not seen:
+        values = self.get_buffer()
+        if values is None:
             raise ValueError("compute needs at least one batch; got none: call the metric or update first")
-        values = torch.cat(seen)
         if self.reduction == "none":
             return values
         return values.nanmean(0) if self.reduction == "mean_batch" else values.nanmean(1).nanmean()
@@ -114,6 +113,15 @@ class Metric:
             ValueError: no batch has come.
         """
         return self.compute()
+
+    def get_buffer(self) -> Tensor | None:
+        """Give every value since the last reset, unreduced: what MONAI's handlers keep as details.
+
+        Returns:
+            (N, C) float32, over all processes; ``None`` where no batch has come.
+        """
+        seen = _over_processes(self._seen)
+        return torch.cat(seen) if seen else None
 
     def reset(self) -> None:
         """Forget every batch."""
