@@ -11,8 +11,8 @@ from detpost.losses import HausdorffDTLoss, HausdorffSchedule
 
 try:
     from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-except ImportError as error:
-    raise ImportError(f"detpost.integrations.nnunet needs nnU-Net v2 ({error.name}): pip install nnunetv2") from error
+except ImportError:
+    nnUNetTrainer = None  # noqa: N816 the name it has there
 
 __all__ = ["HausdorffTerm", "nnUNetTrainerHausdorff"]
 
@@ -67,13 +67,23 @@ class HausdorffTerm(nn.Module):
         return logits.softmax(1) * counted, (ids == classes).float() * counted
 
 
-class nnUNetTrainerHausdorff(nnUNetTrainer):  # type: ignore[misc]  # noqa: N801 nnU-Net finds it by this name
+class nnUNetTrainerHausdorff(nnUNetTrainer or object):  # type: ignore[misc]  # noqa: N801 nnU-Net's name for it
     """nnU-Net's trainer with the Hausdorff loss by distance transform (Karimi and Salcudean 2019) in its loss.
 
     The term is that of the full resolution, in the plan's spacing; its weight follows :class:`HausdorffSchedule`'s
     ratio rule, once an epoch, over all processes, and is in the checkpoint. nnU-Net looks for trainers by name in the
     folder ``nnUNet_extTrainer``: a file there that imports this class makes ``-tr nnUNetTrainerHausdorff`` work.
+
+    Raises:
+        ImportError: nnU-Net v2 is not installed.
     """
+
+    def __new__(cls, *_arguments: Any, **_options: Any) -> nnUNetTrainerHausdorff:
+        """Refuse where there is no nnU-Net to train with."""
+        if nnUNetTrainer is None:
+            raise ImportError("nnUNetTrainerHausdorff needs nnU-Net v2: pip install nnunetv2")
+        made: nnUNetTrainerHausdorff = super().__new__(cls)
+        return made
 
     def _build_loss(self) -> nn.Module:
         labels = self.label_manager

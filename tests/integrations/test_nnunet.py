@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("nnunetv2")
-pytestmark = [pytest.mark.peers, pytest.mark.slow]
+from detpost.integrations.nnunet import HausdorffTerm, nnUNetTrainer, nnUNetTrainerHausdorff
+from tests.mixin import one_line
+
+installed = pytest.mark.skipif(nnUNetTrainer is None, reason="nnU-Net v2 is not installed")
 
 
 def write_dataset(raw):
@@ -52,8 +54,6 @@ def prepared(tmp_path_factory):
 
 
 def trainer_of(prepared):
-    from detpost.integrations.nnunet import nnUNetTrainerHausdorff
-
     plans = json.loads((prepared / "nnUNetPlans.json").read_text())
     plans["configurations"]["2d"]["batch_size"] = 2
     plans["continue_training"] = False  # as nnU-Net's command adds it
@@ -63,6 +63,9 @@ def trainer_of(prepared):
     return trainer
 
 
+@installed
+@pytest.mark.peers
+@pytest.mark.slow
 def test_two_epochs_set_a_weight_that_a_new_trainer_reads_from_the_checkpoint(prepared):
     trainer = trainer_of(prepared)
     trainer.run_training()
@@ -78,8 +81,6 @@ def test_two_epochs_set_a_weight_that_a_new_trainer_reads_from_the_checkpoint(pr
 
 
 def test_ignored_elements_and_regions_change_nothing_where_they_are_not_counted():
-    from detpost.integrations.nnunet import HausdorffTerm
-
     def base(output, target):
         return output[0].sum() * 0
 
@@ -96,3 +97,10 @@ def test_ignored_elements_and_regions_change_nothing_where_they_are_not_counted(
             values.append(term([moved, None], [target, None]))
         assert torch.equal(*values)
         assert values[0] > 0
+
+
+@pytest.mark.skipif(nnUNetTrainer is not None, reason="nnU-Net v2 is installed")
+def test_without_nnunet_the_trainer_says_what_to_install():
+    with pytest.raises(ImportError, match="pip install nnunetv2") as error:
+        nnUNetTrainerHausdorff({}, "2d", 0, {})
+    one_line(error)
