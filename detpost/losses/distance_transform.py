@@ -133,6 +133,6 @@ def _squared_distance_to_virtual_zero(like: Tensor, spacing: tuple[float, ...], 
     """Squared distance to index (-1, 0, ...), as a (*spatial) tensor in the given unit."""
     total = torch.zeros((), dtype=torch.float32, device=like.device)
     for axis, length in enumerate(spacing):
-        index = torch.arange(like.shape[2 + axis], dtype=torch.float32, device=like.device) + (axis == 0)
+        index = torch.arange(like.shape[2 + axis], dtype=torch.float32, device=like.device) + int(axis == 0)
         total = total[..., None] + (index * (length / unit)).square()
     return total
