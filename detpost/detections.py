@@ -12,7 +12,7 @@ from torch.utils._pytree import _register_namedtuple
 
 from detpost.boxes import convert
 
-__all__ = ["Detections", "split_by_image"]
+__all__ = ["INVALID", "Detections", "clear_invalid", "split_by_image"]
 
 _T = TypeVar("_T")
 
@@ -172,6 +172,46 @@ def split_by_image(valid: Tensor, *values: Tensor) -> list[tuple[Tensor, ...]]:
     places = valid.flatten().nonzero().squeeze(1)  # detpost: allow DP020: as long as what is valid
     parts = (rows.flatten(0, 1).index_select(0, places).split_with_sizes(counts) for rows in values)
     return list(zip(*parts, strict=True))
+
+
+class _Slot(NamedTuple):
+    """What one slot reads."""
+
+    score: float
+    label: int
+    box: float  # each of its sides
+    query: int
+
+
+# What slots that are not valid read, in every form: the C++ kernels repeat these numbers.
+INVALID = _Slot(score=0.0, label=-1, box=0.0, query=-1)
+
+
+def clear_invalid(scores: Tensor, labels: Tensor, boxes: Tensor, queries: Tensor, valid: Tensor) -> Detections:
+    """Make Detections of which slots that are not valid read as they must.
+
+    Args:
+        scores: (B, K).
+        labels: (B, K), int64.
+        boxes: (B, K, 4).
+        queries: (B, K), int64.
+        valid: (B, K), bool.
+
+    Returns:
+        The detections.
+
+    Example:
+        >>> one = torch.ones(1, 1, dtype=torch.int64)
+        >>> clear_invalid(one.float(), one, torch.ones(1, 1, 4), one, one == 0).labels
+        tensor([[-1]])
+    """
+    return Detections(
+        scores=torch.where(valid, scores, INVALID.score),
+        labels=torch.where(valid, labels, INVALID.label),
+        boxes=torch.where(valid.unsqueeze(-1), boxes, INVALID.box),
+        queries=torch.where(valid, queries, INVALID.query),
+        valid=valid,
+    )
 
 
 def _replaced(detections: Detections, /, **fields: Tensor) -> Detections:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from detpost import kernels
-from detpost.detections import Detections
+from detpost.detections import Detections, clear_invalid
 from detpost.selection import select_top_k
 
 __all__ = ["merge", "weighted_boxes"]
@@ -374,13 +374,8 @@ def _best_first(boxes: Tensor, scores: Tensor, labels: Tensor, keep: Tensor) -> 
     places = int(scores.shape[1])
     order = select_top_k(torch.where(keep, scores, -math.inf), max(1, places))  # (B, N)
     valid = keep.gather(1, order)
-    return Detections(
-        scores=torch.where(valid, scores.gather(1, order), 0.0),
-        labels=torch.where(valid, labels.gather(1, order), -1),
-        boxes=torch.where(valid.unsqueeze(-1), boxes.gather(1, order.unsqueeze(-1).expand(-1, -1, 4)), 0.0),
-        queries=torch.where(valid, order, -1),
-        valid=valid,
-    )
+    corners = boxes.gather(1, order.unsqueeze(-1).expand(-1, -1, 4))
+    return clear_invalid(scores.gather(1, order), labels.gather(1, order), corners, order, valid)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from detpost import kernels
 from detpost.detections import Detections
-from detpost.reference import nms as reference
 
 __all__ = ["NonMaximumSuppression", "nms"]
 
@@ -49,18 +48,7 @@ def nms(
         tensor([[False,  True,  True]])
     """
     _check(boxes, scores, labels, valid)
-    threshold = _checked_threshold(iou_threshold)
-    if torch.onnx.is_in_onnx_export():
-        order = reference.order_portable(scores)  # (B, N)
-        kept = reference.keep_ranked(
-            boxes.detach().gather(1, order.unsqueeze(-1).expand(-1, -1, 4)),
-            None if labels is None else labels.gather(1, order),
-            torch.ones_like(scores, dtype=torch.bool) if valid is None else valid.gather(1, order),
-            threshold,
-            walk=reference.walk_portable,
-        )
-        return torch.zeros_like(kept).scatter(1, order, kept)
-    return kernels.nms(boxes, scores, labels, valid, threshold)
+    return kernels.nms(boxes, scores, labels, valid, _checked_threshold(iou_threshold))
 
 
 class NonMaximumSuppression(nn.Module):
@@ -110,12 +98,6 @@ class NonMaximumSuppression(nn.Module):
             raise TypeError(
                 f"detections must be Detections; got {type(detections).__name__}: detpost.nms.nms takes plain tensors"
             )
-        if torch.onnx.is_in_onnx_export():
-            labels = None if self.class_agnostic else detections.labels
-            kept = reference.keep_ranked(
-                detections.boxes.detach(), labels, detections.valid, self._threshold, walk=reference.walk_portable
-            )
-            return reference.suppress(detections, kept, self.compact)
         return kernels.suppress(detections, self._threshold, not self.class_agnostic, self.compact)
 
     def extra_repr(self) -> str:

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from detpost import boxes as box_ops
 from detpost import kernels
 from detpost.detections import Detections
-from detpost.reference import softmax
-from detpost.reference.derivatives import wants_derivative
-from detpost.selection import best_class, select_top_k
 from detpost.spec import DecodeSpec
 
 __all__ = ["DetectionPostProcessor", "DetectorModule", "raw_outputs"]
@@ -41,8 +36,6 @@ class DetectionPostProcessor(nn.Module):
         >>> detections.labels, detections.boxes
         (tensor([[1]]), tensor([[[ 50.,  25., 150.,  75.]]]))
     """
-
-    select_top_k = staticmethod(select_top_k)
 
     def __init__(self, spec: DecodeSpec) -> None:
         super().__init__()
@@ -89,12 +82,7 @@ class DetectionPostProcessor(nn.Module):
             TypeError: tensors of a wrong dtype.
         """
         _check(logits, boxes, image_sizes)
-        # A kernel for the whole decode orders as detpost does: not for a subclass that selects in its own way.
-        if type(self).select_top_k is select_top_k:
-            found = kernels.decode(logits, boxes, image_sizes, self.spec)
-            if found is not None:
-                return found
-        return decode_plainly(logits, boxes, image_sizes, self.spec, self.select_top_k)
+        return kernels.decode(logits, boxes, image_sizes, self.spec)
 
     def extra_repr(self) -> str:
         """Show the spec in ``repr``."""
@@ -176,116 +164,8 @@ def raw_outputs(outputs: Any) -> tuple[Tensor, Tensor]:
     return logits, boxes
 
 
-def decode_plainly(
-    logits: Tensor,
-    boxes: Tensor,
-    image_sizes: Tensor | None,
-    spec: DecodeSpec,
-    select_top_k: Callable[[Tensor, int], Tensor] = select_top_k,
-) -> Detections:
-    """Decode with PyTorch's own operators: what every kernel is held to.
-
-    Args:
-        logits: (B, Q, C), checked.
-        boxes: (B, Q, 4), checked.
-        image_sizes: (B, 2), checked, or ``None``.
-        spec: what the decode does.
-        select_top_k: how the best are selected.
-
-    Returns:
-        The detections, differentiable in logits and boxes.
-    """
-    queries, labels, keys = _select(logits, spec, select_top_k)  # (B, K) each
-    # A key is NaN for the background, for a NaN logit and, of softmax, for every class of a query that has one.
-    is_number = ~keys.isnan()
-    score = _sigmoid_scores if spec.activation == "sigmoid" else _softmax_scores
-    scores = score(logits, queries, labels, keys, is_number)
-
-    corners = box_ops.convert(_take(boxes, queries).to(_at_least_float32(boxes)), spec.box_format, "xyxy")
-    if image_sizes is not None:
-        corners = box_ops.scale(corners, image_sizes)
-    if spec.clip:
-        corners = corners.clamp(0, 1) if image_sizes is None else box_ops.clip(corners, image_sizes)
-
-    valid = is_number if spec.score_threshold is None else is_number & (scores > spec.score_threshold)
-    return Detections(
-        scores=torch.where(valid, scores, 0.0),
-        labels=torch.where(valid, labels, -1),
-        boxes=torch.where(valid.unsqueeze(-1), corners, 0.0),
-        queries=torch.where(valid, queries, -1),
-        valid=valid,
-    )
-
-
-def _select(logits: Tensor, spec: DecodeSpec, top_k: Callable[[Tensor, int], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Choose the kept pairs: queries and labels (B, K), int64, and the keys that they stand in the order of (B, K)."""
-    batch, queries, classes = logits.shape
-    rows = logits.detach()
-    keys = rows if spec.activation == "sigmoid" else softmax.scores(rows)  # (B, Q, C)
-    if spec.background != "none":
-        # NaN is never ahead of a number and never valid: just what the channel that means "no object" should be.
-        channel = torch.arange(classes, device=logits.device)
-        is_background = channel == _background_channel(spec, classes)
-        rows, keys = torch.where(is_background, math.nan, rows), torch.where(is_background, math.nan, keys)
-    if spec.selection == "flat":
-        keys = keys.reshape(batch, queries * classes)
-        flat = top_k(keys, spec.top_k)
-        return flat // classes, flat % classes, keys.gather(1, flat)
-    # By the logits and not the keys: far below the background, all of a query's scores are 0.
-    best = best_class(rows)  # (B, Q)
-    keys = keys.gather(2, best.unsqueeze(-1)).squeeze(-1)
-    order = top_k(keys, spec.top_k)
-    return order, best.gather(1, order), keys.gather(1, order)
-
-
-def _background_channel(spec: DecodeSpec, classes: int) -> int:
-    return {"none": -1, "first": 0, "last": classes - 1}[spec.background]
-
-
-def _sigmoid_scores(logits: Tensor, queries: Tensor, labels: Tensor, keys: Tensor, is_number: Tensor) -> Tensor:
-    """Score the kept pairs (B, K), 0 where they are no number; the logits are gathered again for their gradient."""
-    batch, query_count, classes = logits.shape
-    flat = logits.reshape(batch, query_count * classes).gather(1, queries * classes + labels)
-    # NaN is replaced before the activation, not after: a gradient through the unused side of a where is still 0 * NaN.
-    return torch.where(is_number, flat, 0.0).to(_scoring_dtype(logits)).sigmoid().to(_at_least_float32(logits))
-
-
-def _softmax_scores(logits: Tensor, queries: Tensor, labels: Tensor, keys: Tensor, is_number: Tensor) -> Tensor:
-    """Score the kept pairs (B, K), 0 where they are no number: by the keys, which have no gradient of their own."""
-    scores = torch.where(is_number, keys, 0.0)
-    if logits.dtype != torch.float64 and not wants_derivative(logits):
-        return scores
-    scores = softmax.with_slope(scores, _take(logits, queries), labels)
-    # Two float64 scores that are nearer than the keys can tell may stand in the other order: the later reads as the
-    # earlier, so that scores never rise.
-    return scores.cummin(dim=1).values if logits.dtype == torch.float64 and scores.shape[1] else scores
-
-
-def _take(values: Tensor, queries: Tensor) -> Tensor:
-    """Gather rows: values (B, Q, n), queries (B, K) -> (B, K, n)."""
-    return values.gather(1, queries.unsqueeze(-1).expand(-1, -1, values.shape[2]))
-
-
-def _at_least_float32(values: Tensor) -> torch.dtype:
-    """float32 for float32 and narrower, float64 for float64 (so that gradcheck means something)."""
-    return torch.promote_types(values.dtype, torch.float32)
-
-
-def _scoring_dtype(logits: Tensor) -> torch.dtype:
-    """float64, so that equal logits score alike: float32 functions round the tail of a vector loop otherwise.
-
-    float32 where float64 is missing: on MPS.
-    """
-    return _at_least_float32(logits) if logits.device.type == "mps" else torch.float64
-
-
 def _check(logits: Tensor, boxes: Tensor, image_sizes: Tensor | None) -> None:
     """Look at shapes, dtypes and devices alone: reading a value would wait for the device."""
-    if torch.onnx.is_in_onnx_export():
-        raise TypeError(
-            "a decode is written to ONNX, not traced: take detpost.export.to_onnx for a post-processor or a whole "
-            "detector, or export the network and detpost.export.attach the decode"
-        )
     for name, value, last in (("logits", logits, "C"), ("boxes", boxes, "4")):
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a floating tensor of shape (B, Q, {last}); got {type(value).__name__}")

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from math import isfinite
-from typing import Any, Literal, get_args
+from typing import Any, Final, Literal, get_args
 
-__all__ = ["DecodeSpec", "presets"]
+__all__ = ["BOX_FORMAT_CODES", "DecodeSpec", "presets"]
 
 Activation = Literal["sigmoid", "softmax"]
 Selection = Literal["flat", "per_query"]
 Background = Literal["none", "first", "last"]
 BoxFormat = Literal["cxcywh", "xyxy", "xywh"]
+
+# The formats as numbers, for kernels that are told by one: native.cpp's too.
+BOX_FORMAT_CODES: Final[dict[str, int]] = {"cxcywh": 0, "xyxy": 1, "xywh": 2}
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "activation": get_args(Activation),
@@ -73,6 +76,21 @@ class DecodeSpec:
                 raise ValueError(f"score_threshold must lie within [0, 1]; got {threshold}")
         if not isinstance(self.clip, bool):
             raise TypeError(f"clip must be True or False; got {self.clip!r}")
+
+    def background_channel(self, classes: int) -> int:
+        """Give the channel that means "no object".
+
+        Args:
+            classes: number of class channels of the logits.
+
+        Returns:
+            Its index, or -1 where there is none.
+
+        Example:
+            >>> DecodeSpec.preset("detr").background_channel(92)
+            91
+        """
+        return {"none": -1, "first": 0, "last": classes - 1}[self.background]
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> DecodeSpec:

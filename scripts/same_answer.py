@@ -21,6 +21,7 @@ from rich.table import Table
 from detpost import DetectionPostProcessor, Detections
 from detpost.export import CudaGraph, compile, open_openvino, open_package, package, to_onnx, to_openvino
 from detpost.export.runtime import onnx_session
+from detpost.reference.decode import decode
 from detpost.verify.compare import raw_cases
 
 Run = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Detections]
@@ -29,10 +30,9 @@ Run = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Detections]
 class PlainTopK(DetectionPostProcessor):
     """The same decode with equal scores left to ``torch.topk``."""
 
-    @staticmethod
-    def select_top_k(scores: torch.Tensor, k: int) -> torch.Tensor:
-        """Select as any program would."""
-        return scores.topk(min(k, scores.shape[1]), dim=1).indices
+    def forward(self, logits: torch.Tensor, boxes: torch.Tensor, image_sizes: torch.Tensor | None = None) -> Detections:
+        """Decode by a selection as any program has it."""
+        return decode(logits, boxes, image_sizes, self.spec, lambda rows, k: rows.topk(min(k, rows.shape[1])).indices)
 
 
 # More than eight scores per kept one, so that the group prefilters take part.

@@ -20,8 +20,6 @@ from detpost import DecodeSpec, DetectionPostProcessor, Detections
 from detpost.export.decode_graph import decode_graph
 from detpost.export.torch_exporters import export_torchscript
 from detpost.nms import NonMaximumSuppression, nms
-from detpost.reference.nms import order_portable
-from detpost.selection import select_top_k
 from tests.mixin import assert_same, one_line
 
 NAN, INF = math.nan, math.inf
@@ -295,14 +293,6 @@ def test_the_onnx_graph_is_static_and_gives_the_same():
     for seed, extent in ((1, 100.0), (2, 600.0)):
         other = crowd(3, 340, 3, seed, extent=extent)
         assert_same(session(*other)[0], nms(other[0], other[1], 0.5, other[2]))
-
-
-def test_the_exported_order_is_that_of_select_top_k():
-    pool = torch.tensor([math.nan, math.inf, -math.inf, 0.0, -0.0, 1.0, 0.5])
-    for width in (1, 2, 9, 60):
-        for dtype in (torch.float16, torch.float32, torch.float64):
-            rows = pool[torch.randint(len(pool), (7, width))].to(dtype)
-            assert torch.equal(order_portable(rows), select_top_k(rows, width))
 
 
 def test_decode_and_suppression_join_in_one_onnx_graph():

@@ -11,24 +11,22 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from detpost import select_top_k
+from detpost.kernels.aten import selection as aten
 from detpost.kernels.cpu import library, numpy_decode
 from detpost.kernels.cpu import selection as native_selection
-from detpost.reference.nms import order_portable
-from detpost.selection import best_class, select_packed, select_stable_sort
+from detpost.reference.selection import select_top_k as reference
+from detpost.selection import best_class
 from tests.mixin import DTYPES, AsModule, one_line
 
 NAN, INF = math.nan, math.inf
 PATHS = {
     "select_top_k": select_top_k,
-    "stable_sort": select_stable_sort,
-    "packed": select_packed,
+    "reference": reference,
+    "aten": aten.select,
+    "by top-k alone": aten.select_by_top_k,
 }
 # Called for what they take, by select_top_k.
 KERNELS = {"numpy": numpy_decode.select, **({"native": native_selection.select} if library.missing() is None else {})}
-
-
-def paths_for(dtype):
-    return {name: path for name, path in PATHS.items() if name != "packed" or dtype != torch.float64}
 
 
 def reference_top_k(rows: torch.Tensor, k: int) -> torch.Tensor:
@@ -47,10 +45,8 @@ def numpy_top_k(rows: torch.Tensor, k: int) -> torch.Tensor:
 
 def hold_to_reference(rows: torch.Tensor, k: int, expected: torch.Tensor) -> None:
     kernels = KERNELS if rows.dtype != torch.float64 else {}
-    for name, path in {**paths_for(rows.dtype), **kernels}.items():
+    for name, path in {**PATHS, **kernels}.items():
         actual = path(rows, k)
-        if actual is None and name == "numpy":
-            continue  # NaN and ties are left to another
         assert actual.dtype == torch.int64
         assert actual.shape == expected.shape, name
         assert torch.equal(actual, expected), f"{name}, k={k}: {rows.tolist()}"
@@ -107,7 +103,8 @@ def test_quantised_logits_longer_than_the_prefilter_threshold(width, k):
 
 
 @pytest.mark.parametrize("width", [10, 2400, 24001])
-def test_numpy_takes_what_is_common(width):
+def test_numpy_takes_what_is_common(monkeypatch, width):
+    monkeypatch.setattr(aten, "select", lambda scores, k: pytest.fail("left to PyTorch's operators"))
     rows = torch.randn(2, width)
     assert torch.equal(numpy_decode.select(rows, 300), numpy_top_k(rows, 300))
     assert torch.equal(numpy_decode.select(rows.half(), 300), numpy_top_k(rows.half(), 300))
@@ -189,8 +186,9 @@ def test_whatever_the_runtime_does_with_ties_the_order_is_the_same(monkeypatch):
             rows = torch.where(
                 torch.rand(3, width) < 0.2, torch.tensor([NAN, -INF, -0.0])[torch.randint(3, (3, width))], rows
             )
-            assert torch.equal(select_packed(rows, k), numpy_top_k(rows, k))
-            assert torch.equal(order_portable(rows), numpy_top_k(rows, width))
+            for count in (k, width):
+                assert torch.equal(aten.select_by_top_k(rows, count), numpy_top_k(rows, count))
+                assert torch.equal(aten.select(rows, count), numpy_top_k(rows, count))
 
 
 def test_selection_has_no_gradient_and_leaves_its_input_alone():
@@ -255,7 +253,7 @@ def test_a_gpu_chooses_the_same_indices(dtype):
     pool = torch.tensor(adversarial_pool(dtype), dtype=dtype)
     for width, k in [(40, 10), (40, 40), (4007, 50), (24000, 300)]:
         for rows in (pool[torch.randint(len(pool), (4, width))], quantised(4, width).to(dtype)):
-            for name, path in paths_for(dtype).items():
+            for name, path in PATHS.items():
                 assert torch.equal(path(rows.cuda(), k).cpu(), numpy_top_k(rows, k)), name
 
 
@@ -267,5 +265,5 @@ def test_meta_rows_need_no_values():
 def test_the_reference_itself_can_tell_a_wrong_rule():
     rows = torch.tensor([[1.0, 2.0, 2.0, NAN, 0.0, -0.0]])
     assert reference_top_k(rows, 6).tolist() == numpy_top_k(rows, 6).tolist() == [[1, 2, 0, 4, 5, 3]]
-    highest_index_first = 5 - select_stable_sort(rows.flip(1), 6)
+    highest_index_first = 5 - reference(rows.flip(1), 6)
     assert not torch.equal(highest_index_first, reference_top_k(rows, 6))

@@ -10,6 +10,8 @@ from importlib import metadata
 
 import torch
 
+from detpost.spec import DecodeSpec
+
 __all__ = ["Part", "examine"]
 
 _OPTIONAL = {
@@ -92,7 +94,6 @@ def _compiler() -> Part:
 
 
 def _kernels() -> list[Part]:
-    from detpost import kernels
     from detpost.kernels.cpu import library
 
     reason = library.missing()
@@ -103,8 +104,22 @@ def _kernels() -> list[Part]:
     ]
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     try:
-        serving = ", ".join(f"{device}: {kernels.kind_for(device)}" for device in devices)
+        serving = ", ".join(f"{device}: {_serving(device)}" for device in devices)
     except (RuntimeError, ValueError) as error:
         return [*parts, Part("kernels in use", False, str(error))]
     forced = os.environ.get("DETPOST_KERNEL")
     return [*parts, Part("kernels in use", True, serving + (f" (DETPOST_KERNEL={forced})" if forced else ""))]
+
+
+def _serving(device: str) -> str:
+    """Name what serves a device; where that is Triton, after trying what the commonest decode runs."""
+    from detpost.kernels import dispatch
+
+    kernel = dispatch.kernel_for(device)
+    if kernel != "triton":
+        return kernel
+    spec = DecodeSpec.preset("rtdetr")
+    single = (torch.float32, torch.float32, torch.int64, spec.top_k)
+    choices = (spec.activation, spec.selection, spec.background, spec.box_format, spec.clip)
+    wrong = dispatch.tried(device, "decode", *single, *choices)
+    return "triton, its decode tried and right" if wrong is None else f"aten, as Triton's decode was tried: {wrong}"

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from detpost.boxes import BoxFormat
+from detpost.detections import INVALID
 from detpost.export.front_graph import Placement
 from detpost.export.graph import Graph, Value, import_onnx
 from detpost.export.layouts import LEAST_LOGIT, NO_LOGIT, Layout, layout_of
@@ -117,7 +118,7 @@ class _Decode:
         self.layout = layout
         self.input_size = input_size
         self.kept = min(spec.top_k, queries * classes if spec.selection == "flat" else queries)
-        self.background = {"none": -1, "first": 0, "last": classes - 1}[spec.background]  # its channel
+        self.background = spec.background_channel(classes)  # its channel
 
     def found(self, logits: Value) -> _Found:
         """Write activation and selection."""
@@ -152,7 +153,7 @@ class _Decode:
             if self.spec.clip:
                 sides = g.node("Min", g.node("Max", sides, 0.0), 1.0 if limits is None else limits)
             sides = _from_corners(g, sides, self.layout.box_format)
-            return g.node("Transpose", g.node("Where", valid, sides, 0.0), perm=[1, 2, 0])
+            return g.node("Transpose", g.node("Where", valid, sides, INVALID.box), perm=[1, 2, 0])
 
     def _limits(self) -> Value | None:
         """Write width, height, width, height (4, B or 1, 1); ``None`` where they are 1."""
@@ -198,9 +199,9 @@ class _Decode:
         if part == "scores":
             if found.is_number is None and self.spec.score_threshold is None:
                 return g.node("Relu", found.scores)  # what is not valid has a negative one
-            return g.node("Where", valid, found.scores, 0.0)
+            return g.node("Where", valid, found.scores, INVALID.score)
         if part == "queries":
-            return g.cast(g.node("Where", valid, found.queries, -1), "FLOAT" if in_row else "INT64")
+            return g.cast(g.node("Where", valid, found.queries, INVALID.query), "FLOAT" if in_row else "INT64")
         labels = g.node("Where", valid, found.labels, self.layout.empty_label)
         if in_row:
             return g.cast(labels, "FLOAT")

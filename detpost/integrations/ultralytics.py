@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from detpost import boxes as box_ops
-from detpost.detections import Detections, split_by_image
+from detpost.detections import Detections, clear_invalid, split_by_image
 from detpost.integrations.conventions import size_rows
 from detpost.selection import best_class, select_top_k
 
@@ -61,13 +61,7 @@ def decode(
     boxes = preds[..., :4].gather(1, queries.unsqueeze(-1).expand(-1, -1, 4)).to(scores.dtype)
     corners = box_ops.scale(box_ops.convert(boxes, "cxcywh", "xyxy"), image_sizes)
     valid = ~kept.isnan() & (kept > conf)
-    return Detections(
-        scores=torch.where(valid, kept, 0.0),
-        labels=torch.where(valid, best.gather(1, queries), -1),
-        boxes=torch.where(valid.unsqueeze(-1), corners, 0.0),
-        queries=torch.where(valid, queries, -1),
-        valid=valid,
-    )
+    return clear_invalid(kept, best.gather(1, queries), corners, queries, valid)
 
 
 def postprocess(

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from detpost import kernels
-from detpost.kernels.cpu import erosion as native_erosion
 
 REDUCTIONS = ("mean", "sum", "none")
 # Side lengths of an element: one number, one per spatial axis, or a sequence of these for each image.
@@ -37,11 +36,6 @@ def check_floating(name: str, value: Tensor) -> None:
         raise ValueError(f"{name} must hold at least one element; got shape {tuple(value.shape)}")
 
 
-def exporting() -> bool:
-    """Whether a graph is being written for another runtime, which has plain operators only."""
-    return kernels.is_exporting() or torch.onnx.is_in_onnx_export()
-
-
 def class_numbers(ids: Tensor, num_classes: int) -> Tensor:
     """Return 0 ... num_classes - 1 as (C,) int64 on the ids' device, and refuse ids outside that range.
 
@@ -51,7 +45,7 @@ def class_numbers(ids: Tensor, num_classes: int) -> Tensor:
     exported graph leaves it out (ONNX has no assertion); there an id out of range belongs to no class.
     """
     numbers = torch.arange(num_classes, device=ids.device)
-    if exporting():
+    if kernels.writes_graph():
         return numbers
     nothing: Tensor = _refuse_ids_out_of_range(ids, num_classes)
     return numbers + nothing
@@ -62,20 +56,13 @@ def _refuse_ids_out_of_range(ids: Tensor, num_classes: int) -> Tensor:
     expected = f"target must hold class ids in [0, {num_classes})"
     fix = "map ignored elements to a class, or give pred one channel per class"
     if ids.device.type == "cpu":
-        lowest, highest = _range_on_cpu(ids)
+        lowest, highest = kernels.id_range(ids)
         if lowest < 0 or highest >= num_classes:
             raise ValueError(f"{expected}; got ids from {lowest} to {highest}: {fix}")
     else:
         in_range = (ids.amin() >= 0) & (ids.amax() < num_classes)
         torch._assert_async(in_range, f"{expected}; got an id outside it: {fix}")
     return torch.zeros((), dtype=torch.int64, device=ids.device)
-
-
-def _range_on_cpu(ids: Tensor) -> tuple[int, int]:
-    if ids.dtype == torch.int64 and kernels.kind_for("cpu") == "native":
-        return native_erosion.id_range(ids)
-    lowest, highest = torch.aminmax(ids)
-    return int(lowest), int(highest)
 
 
 @_refuse_ids_out_of_range.register_fake

@@ -9,10 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from detpost import kernels
-from detpost.kernels.cpu import distance as native_distance
-from detpost.losses._arguments import Spacing, by_image, exporting, spacings
-from detpost.reference import distance as reference
+from detpost.kernels import squared_distance
+from detpost.losses._arguments import Spacing, by_image, spacings
 
 
 @overload
@@ -72,61 +70,6 @@ def _distance(inside: Tensor, spacing: tuple[float, ...]) -> Tensor:
     squared, unit = squared_distance(inside, spacing)
     squared = torch.where(torch.isinf(squared), _squared_distance_to_virtual_zero(squared, spacing, unit), squared)
     return squared.sqrt() * unit
-
-
-def squared_distance(inside: Tensor, spacing: tuple[float, ...]) -> tuple[Tensor, float]:
-    """Squared distance to the nearest False, in the returned unit; infinite throughout a field without any False.
-
-    The unit is the largest spacing. Dividing by it keeps equal spacings on whole numbers, and extreme ones in range.
-
-    Args:
-        inside: (B, C, *spatial) boolean.
-        spacing: one length per spatial axis.
-
-    Returns:
-        (B, C, *spatial) float32, and the unit.
-    """
-    kind = kernels.for_losses(inside)
-    if kind == "native":
-        unit = max(spacing)
-        return native_distance.squared_distance(inside, [length / unit for length in spacing]), unit
-    if kind == "triton":
-        from detpost.kernels.triton import distance as triton_distance
-
-        if triton_distance.supported(inside):
-            found: tuple[Tensor, float] = triton_distance.squared_distance(inside, spacing)
-            return found
-    if exporting():
-        return reference.squared_distance(inside, spacing, reference.ROWS_PER_STEP)
-    return reference.squared_distance(inside, spacing, 0 if torch.compiler.is_compiling() else None)
-
-
-def boundary_distance(field: Tensor, spacing: tuple[float, ...]) -> tuple[Tensor, float]:
-    """Squared distance to the nearest element on the other side of 0.5, in the returned unit; 0 where there is none.
-
-    Args:
-        field: (B, C, *spatial), floating.
-        spacing: one length per spatial axis.
-
-    Returns:
-        (B, C, *spatial) float32, and the unit, as :func:`squared_distance` has it.
-    """
-    kind = kernels.for_losses(field)
-    if kind == "native":
-        unit = max(spacing)
-        values = field if field.dtype == torch.float32 else (field > 0.5).to(torch.float32)
-        return native_distance.boundary_distance(values, [length / unit for length in spacing]), unit
-    inside = field > 0.5
-    if kind == "triton":
-        from detpost.kernels.triton import distance as triton_distance
-
-        if triton_distance.supported(inside):
-            squared, unit = triton_distance.squared_boundary_distance(inside, spacing)
-            return torch.nan_to_num(squared, posinf=0.0), unit
-    within, unit = squared_distance(inside, spacing)
-    beyond, _ = squared_distance(~inside, spacing)
-    # One of the two is 0 at each element, or infinite throughout when the mask is empty or full.
-    return torch.nan_to_num(within + beyond, posinf=0.0), unit
 
 
 def _squared_distance_to_virtual_zero(like: Tensor, spacing: tuple[float, ...], unit: float) -> Tensor:

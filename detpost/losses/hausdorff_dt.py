@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from detpost import kernels
-from detpost.kernels.cpu import distance as native_distance
-from detpost.kernels.cpu import erosion as native_erosion
 from detpost.losses._arguments import (
     Spacing,
     by_image,
     spacings,
 )
 from detpost.losses._probabilities import activate, check_input, check_options, pair, reduced
-from detpost.losses.distance_transform import boundary_distance
 
 
 def hausdorff_dt_loss(
@@ -80,17 +75,9 @@ def hausdorff_dt_loss(
     check_options(sigmoid, softmax, other_act, reduction)
     check_input(input)
     each = spacings(spacing, input.shape[0], input.dim() - 2)
-    wants_slope_of_target = torch.is_grad_enabled() and isinstance(target, Tensor) and target.requires_grad
-    by_kernel = kernels.for_losses(input) == "native" and not wants_slope_of_target
-    # The kernel takes the sigmoid along, so that no tensor is kept for it.
-    values = activate(input, sigmoid and not by_kernel, softmax, other_act)
-    by_kernel = by_kernel and values.dtype == torch.float32
-    values, truth = pair(values, target, to_onehot_y, include_background)
-    if by_kernel:
-        apply = _NativeWeightedError.apply
-        error = by_image(lambda v, t, steps: apply(v, t, steps, alpha, sigmoid)[0], each, values, truth)
-    else:
-        error = by_image(lambda v, t, steps: _weighted_error(v, t, steps, alpha), each, values, truth)
+    # The kernels take the sigmoid along: in C++ no tensor is kept for it.
+    values, truth = pair(activate(input, False, softmax, other_act), target, to_onehot_y, include_background)
+    error = by_image(lambda v, t, steps: kernels.weighted_error(v, t, steps, alpha, sigmoid), each, values, truth)
     return reduced(error, reduction, batch)
 
 
@@ -268,67 +255,3 @@ class LogHausdorffDTLoss(HausdorffDTLoss):
             ValueError: ranks or shapes that do not fit, or a class id out of range.
         """
         return torch.log(super().forward(input, target) + 1)
-
-
-def _weighted_error(values: Tensor, truth: Tensor, spacing: tuple[float, ...], alpha: float) -> Tensor:
-    """Mean over each field of the squared error, weighted with the distances to both boundaries: (B, C, 1, ...)."""
-    with torch.no_grad():
-        weight = _boundary_distance(values, spacing, alpha) + _boundary_distance(truth, spacing, alpha)
-        weight = weight.to(values.dtype)
-    limit = _largest_difference(values, spacing, alpha)
-    error = (values - truth).clamp(-limit, limit).square()
-    return (error * weight).mean(tuple(range(2, values.dim())), keepdim=True)
-
-
-class _NativeWeightedError(torch.autograd.Function):
-    """:func:`_weighted_error` in C++, with its gradient made in the same pass; of logits where ``sigmoid``.
-
-    The gradient of the sum over a field is one number times a field, and that field is all that is saved.
-    """
-
-    @staticmethod
-    def forward(
-        values: Tensor, truth: Tensor, spacing: tuple[float, ...], alpha: float, sigmoid: bool
-    ) -> tuple[Tensor, Tensor]:
-        unit = max(spacing)
-        steps = [length / unit for length in spacing]
-        limit = _largest_difference(values, spacing, alpha)
-        sums, slopes = native_distance.weighted_error(values, truth, steps, unit, alpha, limit, sigmoid)
-        elements = math.prod(values.shape[2:])
-        return (sums / elements).reshape(*values.shape[:2], *[1] * (values.dim() - 2)), slopes
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        values, truth, ctx.spacing, ctx.alpha, ctx.sigmoid = inputs
-        ctx.mark_non_differentiable(output[1])
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(values, truth, output[1])
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None, None, None]:
-        if grads[0] is None:
-            return None, None, None, None, None
-        values, truth, slopes = ctx.saved_tensors
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            # A gradient of the gradient is wanted: the plain form has one.
-            again = _weighted_error(values.sigmoid() if ctx.sigmoid else values, truth, ctx.spacing, ctx.alpha)
-            (gradient,) = torch.autograd.grad(again, values, grads[0], create_graph=True)
-            return gradient, None, None, None, None
-        return native_erosion.scaled(slopes, grads[0] / math.prod(values.shape[2:])), None, None, None, None
-
-
-def _boundary_distance(field: Tensor, spacing: tuple[float, ...], alpha: float) -> Tensor:
-    """Distance to the other side of the boundary of ``field > 0.5``, to the power alpha; 0 where there is none."""
-    squared, unit = boundary_distance(field, spacing)
-    power: Tensor = squared if alpha == 2 else squared.pow(alpha / 2)
-    return power if unit == 1 else power * unit**alpha
-
-
-def _largest_difference(values: Tensor, spacing: tuple[float, ...], alpha: float) -> float:
-    """Largest difference whose weighted square, summed over every element, stays finite; never below 1000."""
-    diagonal = math.hypot(*(side * step for side, step in zip(values.shape[2:], spacing, strict=True)))
-    # 2**24 stands for images times classes: their real number would tie a compiled graph to one batch size.
-    elements = 8.0 * 2**24 * math.prod(values.shape[2:])
-    log_weight = max(0.0, alpha * math.log(max(diagonal, 1e-30))) + math.log(max(elements, 1.0))
-    log_limit = (math.log(torch.finfo(values.dtype).max) - log_weight) / 2
-    return math.exp(min(max(log_limit, math.log(1e3)), 300.0))

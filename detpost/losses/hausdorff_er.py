@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from detpost import kernels
-from detpost.kernels.cpu import erosion as native_erosion
-from detpost.losses._arguments import check_floating, check_reduction, class_numbers, exporting
-from detpost.reference import erosion as reference
+from detpost.losses._arguments import check_floating, check_reduction, class_numbers
 
 
 def hausdorff_er_loss(pred: Tensor, target: Tensor, alpha: float = 2.0, k: int = 10, reduction: str = "mean") -> Tensor:
@@ -184,156 +180,10 @@ def _hausdorff_er(pred: Tensor, target: Tensor, alpha: float, k: int, reduction:
     weights = [float(i + 1) ** alpha for i in range(k)]
     keep_field = reduction == "none"
     classes = class_numbers(target, pred.shape[1])
-    total = _summed_erosions(values, target, classes, weights, axes, keep_field)  # (B, C, *spatial) or (B, C, 1, ...)
+    total = kernels.erosion(values, target, classes, weights, axes, keep_field)  # (B, C, *spatial) or (B, C, 1, ...)
     if keep_field:
         return total.transpose(0, 1).unsqueeze(2)
     return total.sum() if reduction == "sum" else total.sum() / values.numel()
-
-
-def _summed_erosions(
-    pred: Tensor, target: Tensor, classes: Tensor, weights: Sequence[float], axes: int, keep_field: bool
-) -> Tensor:
-    """Erode by the form that serves the tensors."""
-    arguments = (pred, target, classes, weights, axes, keep_field)
-    total: Tensor
-    if exporting():  # exporters read plain operators and no autograd function
-        return reference.erode(*arguments)[0]
-    if kernels.wants_other_derivatives():
-        return reference.erode_differentiably(*arguments)
-    kind = kernels.for_losses(pred)
-    if kind == "triton" and _triton_takes(pred, target):
-        total = _TritonErosion.apply(*arguments)[0]
-    elif kind == "native":
-        wants_gradient = torch.is_grad_enabled() and pred.requires_grad
-        total = _NativeErosion.apply(pred, target.to(torch.int64), *arguments[2:], wants_gradient)[0]
-    else:
-        total = _Erosion.apply(*arguments)[0]
-    return total
-
-
-def _triton_takes(pred: Tensor, target: Tensor) -> bool:
-    from detpost.kernels.triton import erosion as triton_erosion
-
-    return triton_erosion.supported(pred, target)
-
-
-class _Erosion(torch.autograd.Function):
-    """The erosions with their gradient written out: one saved field per erosion, where autograd would keep eight.
-
-    The sum over erosions is the first output; the other outputs are the saved tensors, which a function that separates
-    its context from its forward has to return.
-    """
-
-    @staticmethod
-    def forward(
-        pred: Tensor, target: Tensor, classes: Tensor, weights: Sequence[float], axes: int, keep_field: bool
-    ) -> tuple[Tensor, ...]:
-        return reference.erode(pred, target, classes, weights, axes, keep_field)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        pred, target, classes, ctx.weights, ctx.axes, ctx.keep_field = inputs
-        ctx.mark_non_differentiable(*output[1:])
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(pred, target, classes, *output[1:])
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None, None, None, None]:
-        if grads[0] is None:
-            return None, None, None, None, None, None
-        pred, target, classes, *saved = ctx.saved_tensors
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return _second_gradient(ctx, pred, target, classes, grads[0]), None, None, None, None, None
-        gradient = reference.erosion_gradient(grads[0], ctx.weights, saved, ctx.axes)
-        gradient = gradient * (reference.difference(pred, target, classes) * 2)
-        # Where ranges of one rounding step follow each other the slopes can leave float32: finite all the same. But a
-        # gradient or a prediction that came in as NaN or inf (a scaled loss that overflowed) must be seen going out.
-        poison = (grads[0].sum() + saved[0].sum()) * 0
-        return torch.nan_to_num(gradient) + poison, None, None, None, None, None
-
-
-class _NativeErosion(torch.autograd.Function):
-    """The erosions in C++, which goes back through each field right after it, while its erosions are in the cache.
-
-    For a sum over the field, whose gradient is one number times a field, that field is all that is saved. For the field
-    itself the gradient depends on what comes back, and the erosions are computed again then.
-    """
-
-    @staticmethod
-    def forward(
-        pred: Tensor,
-        target: Tensor,
-        classes: Tensor,
-        weights: Sequence[float],
-        axes: int,
-        keep_field: bool,
-        wants_gradient: bool,
-    ) -> tuple[Tensor, ...]:
-        stencil = reference.STENCIL_WEIGHT[axes]
-        sums, field, unit = native_erosion.erosion(
-            pred, target, classes, weights, stencil, axes, None, keep_field, wants_gradient and not keep_field
-        )
-        return field if keep_field else sums.reshape(*sums.shape, *[1] * axes), unit
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        pred, target, classes, ctx.weights, ctx.axes, ctx.keep_field, _ = inputs
-        total, unit = output
-        ctx.mark_non_differentiable(unit)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(pred, target, classes, total, unit)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        if grads[0] is None:
-            return None, None, None, None, None, None, None
-        pred, target, classes, total, unit = ctx.saved_tensors
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return _second_gradient(ctx, pred, target, classes, grads[0]), None, None, None, None, None, None
-        poison = (grads[0].sum() + total.sum()) * 0  # as in the plain form; the kernel's own gradients are finite
-        if ctx.keep_field:
-            stencil = reference.STENCIL_WEIGHT[ctx.axes]
-            found = native_erosion.erosion(pred, target, classes, ctx.weights, stencil, ctx.axes, grads[0], False, True)
-            return found[2] + poison, None, None, None, None, None, None
-        return native_erosion.scaled(unit, grads[0] + poison), None, None, None, None, None, None
-
-
-class _TritonErosion(torch.autograd.Function):
-    """The erosions in Triton, one launch per erosion each way."""
-
-    @staticmethod
-    def forward(
-        pred: Tensor, target: Tensor, classes: Tensor, weights: Sequence[float], axes: int, keep_field: bool
-    ) -> tuple[Tensor, ...]:
-        from detpost.kernels.triton import erosion as triton_erosion
-
-        return triton_erosion.erode(pred, target, classes, weights, keep_field)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        pred, target, classes, ctx.weights, ctx.axes, ctx.keep_field = inputs
-        ctx.mark_non_differentiable(*output[1:])
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(pred, target, classes, *output[1:])
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None, None, None, None]:
-        if grads[0] is None:
-            return None, None, None, None, None, None
-        pred, target, classes, dilations, limits = ctx.saved_tensors
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return _second_gradient(ctx, pred, target, classes, grads[0]), None, None, None, None, None
-        from detpost.kernels.triton import erosion as triton_erosion
-
-        gradient = triton_erosion.erosion_gradient(grads[0], pred, target, classes, ctx.weights, dilations, limits)
-        return gradient, None, None, None, None, None
-
-
-def _second_gradient(ctx: Any, pred: Tensor, target: Tensor, classes: Tensor, grad: Tensor) -> Tensor:
-    """Give a gradient that has one itself, through PyTorch's own operators."""
-    again = reference.erode_differentiably(pred, target, classes, ctx.weights, ctx.axes, ctx.keep_field)
-    (gradient,) = torch.autograd.grad(again, pred, grad, create_graph=True)
-    return gradient
 
 
 def _check_erosions(alpha: float, k: int) -> None:

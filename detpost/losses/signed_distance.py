@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from detpost.kernels import boundary_distance, squared_distance
 from detpost.losses._arguments import Spacing, by_image, spacings
-from detpost.losses.distance_transform import boundary_distance, distance_transform_edt, squared_distance
+from detpost.losses.distance_transform import distance_transform_edt
 
 
 @overload

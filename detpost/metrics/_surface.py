@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from detpost.losses._arguments import Spacing, by_image, exporting, spacings
-from detpost.losses.distance_transform import squared_distance
+from detpost.kernels import squared_distance, writes_graph
+from detpost.losses._arguments import Spacing, by_image, spacings
 from detpost.metrics._subvoxels import surface_elements
 
 Mask: TypeAlias = Tensor | NDArray[Any]
@@ -93,7 +93,7 @@ def _by_field(
 def _may_look_at_values(mask: Tensor) -> bool:
     """Whether shapes may depend on values: eagerly on a CPU, where nothing waits for a device and nobody traces."""
     watched = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or type(mask) is not Tensor
-    return mask.device.type == "cpu" and not watched and not exporting() and mask.numel() > 0
+    return mask.device.type == "cpu" and not watched and not writes_graph() and mask.numel() > 0
 
 
 def _compact(a: Tensor, b: Tensor, spacing: tuple[float, ...], use_subvoxels: bool) -> tuple[Surface, Surface]:
@@ -104,7 +104,7 @@ def _compact(a: Tensor, b: Tensor, spacing: tuple[float, ...], use_subvoxels: bo
 
 def _elements(surface: Surface) -> Surface:
     """Leave out what is off the surface; one element stays where there is none, so that nothing is empty."""
-    index = torch.nonzero(surface.chosen.flatten())[:, 0]  # detpost: allow DP004 on a CPU, eagerly
+    index = torch.nonzero(surface.chosen.flatten())[:, 0]  # detpost: allow DP020 on a CPU, eagerly
     index = index if index.numel() else torch.zeros(1, dtype=torch.int64)
     return Surface(*(part.flatten()[index][None, None] for part in surface))
 
@@ -114,7 +114,7 @@ def _cropped(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     either = a | b
     for axis in range(2, a.dim()):
         others = [other for other in range(a.dim()) if other != axis]
-        held = torch.nonzero(either.any(others))[:, 0]  # detpost: allow DP004 on a CPU, eagerly
+        held = torch.nonzero(either.any(others))[:, 0]  # detpost: allow DP020 on a CPU, eagerly
         if held.numel() == 0:
             nothing = either.flatten(2)[..., :1].reshape(1, 1, *[1] * (a.dim() - 2))
             return nothing, nothing

@@ -16,15 +16,16 @@ def wants_derivative(*values: Tensor | None) -> bool:
         >>> wants_derivative(torch.zeros(2)), wants_derivative(torch.zeros(2, requires_grad=True))
         (False, True)
     """
-    tensors = [value for value in values if value is not None]
-    if torch.is_grad_enabled() and any(value.requires_grad for value in tensors):
-        return True
+    if torch.is_grad_enabled():
+        for value in values:  # a loop: a call of the smallest image notices a generator
+            if value is not None and value.requires_grad:
+                return True
     # A compiler shows what transforms do by the tensors themselves, and takes this stack for one that is never empty.
     if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
         return True
     # The level first: without one there is no tangent, and to ask each tensor costs as much as to decode a small image.
-    return forward_ad._current_level >= 0 and any(_has_tangent(value) for value in tensors)
+    return forward_ad._current_level >= 0 and any(_has_tangent(value) for value in values)
 
 
-def _has_tangent(value: Tensor) -> bool:
-    return forward_ad.unpack_dual(value).tangent is not None  # type: ignore[no-untyped-call]
+def _has_tangent(value: Tensor | None) -> bool:
+    return value is not None and forward_ad.unpack_dual(value).tangent is not None  # type: ignore[no-untyped-call]

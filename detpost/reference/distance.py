@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -36,6 +39,76 @@ def squared_distance(
         rows = squared.reshape(-1, sides[axis], sides[axis + 1 :].numel())  # (fields, L, lanes)
         squared = _lower_envelope(rows, steps[axis], rows_per_step)
     return squared.reshape(inside.shape), unit
+
+
+SquaredDistance = Callable[[Tensor, tuple[float, ...]], tuple[Tensor, float]]
+
+
+def boundary_distance(
+    field: Tensor, spacing: tuple[float, ...], squared_distance: SquaredDistance = squared_distance
+) -> tuple[Tensor, float]:
+    """Squared distance to the nearest element on the other side of 0.5, in the returned unit; 0 where there is none.
+
+    Args:
+        field: (B, C, *spatial), floating.
+        spacing: one length per spatial axis.
+        squared_distance: gives what :func:`squared_distance` gives.
+
+    Returns:
+        (B, C, *spatial) float32, and the unit.
+    """
+    inside = field > 0.5
+    within, unit = squared_distance(inside, spacing)
+    beyond, _ = squared_distance(~inside, spacing)
+    # One of the two is 0 at each element, or infinite throughout when the mask is empty or full.
+    return torch.nan_to_num(within + beyond, posinf=0.0), unit
+
+
+def weighted_error(
+    values: Tensor,
+    truth: Tensor,
+    spacing: tuple[float, ...],
+    alpha: float,
+    sigmoid: bool,
+    boundary_distance: SquaredDistance = boundary_distance,
+) -> Tensor:
+    """Mean over each field of the squared error, weighted with the distances to both boundaries.
+
+    Args:
+        values: (B, C, *spatial), float32 or float64: probabilities, or logits with ``sigmoid``.
+        truth: (B, C, *spatial), of the same dtype.
+        spacing: one length per spatial axis.
+        alpha: exponent of the distances.
+        sigmoid: whether a sigmoid is applied to ``values``.
+        boundary_distance: gives what :func:`boundary_distance` gives.
+
+    Returns:
+        (B, C, 1, ...), differentiable in values and truth.
+    """
+    values = values.sigmoid() if sigmoid else values
+    with torch.no_grad():
+        ours, unit = boundary_distance(values, spacing)
+        theirs, _ = boundary_distance(truth, spacing)
+        weight = (_power(ours, unit, alpha) + _power(theirs, unit, alpha)).to(values.dtype)
+    limit = largest_difference(values, spacing, alpha)
+    error = (values - truth).clamp(-limit, limit).square()
+    return (error * weight).mean(tuple(range(2, values.dim())), keepdim=True)
+
+
+def _power(squared: Tensor, unit: float, alpha: float) -> Tensor:
+    """Raise distances, given as squares in a unit, to the power alpha."""
+    power: Tensor = squared if alpha == 2 else squared.pow(alpha / 2)
+    return power if unit == 1 else power * unit**alpha
+
+
+def largest_difference(values: Tensor, spacing: tuple[float, ...], alpha: float) -> float:
+    """Largest difference whose weighted square, summed over every element, stays finite; never below 1000."""
+    diagonal = math.hypot(*(side * step for side, step in zip(values.shape[2:], spacing, strict=True)))
+    # 2**24 stands for images times classes: their real number would tie a compiled graph to one batch size.
+    elements = 8.0 * 2**24 * math.prod(values.shape[2:])
+    log_weight = max(0.0, alpha * math.log(max(diagonal, 1e-30))) + math.log(max(elements, 1.0))
+    log_limit = (math.log(torch.finfo(values.dtype).max) - log_weight) / 2
+    return math.exp(min(max(log_limit, math.log(1e3)), 300.0))
 
 
 def _distance_along_last_axis(inside: Tensor) -> Tensor:

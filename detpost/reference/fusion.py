@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from detpost.reference.nms import best_first, overlap
+from detpost.reference.nms import overlap
+from detpost.reference.selection import select_top_k
 
 __all__ = ["fuse", "merge"]
 
@@ -116,7 +117,7 @@ class _Ranked:
 
     def __init__(self, boxes: Tensor, scores: Tensor, labels: Tensor | None, valid: Tensor | None) -> None:
         self.places = int(scores.shape[1])
-        self.order = best_first(scores)  # (B, N)
+        self.order = select_top_k(scores, max(1, self.places))  # (B, N)
         self.boxes = boxes.gather(1, self.order.unsqueeze(-1).expand(-1, -1, 4))
         self.scores = scores.gather(1, self.order)
         self._labels = None if labels is None else labels.gather(1, self.order)

@@ -21,7 +21,7 @@ from detpost.export.attachment import attach_graph
 from detpost.export.decode_graph import decode_graph
 from detpost.export.layouts import LAYOUTS
 from detpost.reference import softmax
-from detpost.selection import best_class, select_stable_sort
+from detpost.reference.selection import best_class, select_top_k
 
 LEVELS = ("ORT_DISABLE_ALL", "ORT_ENABLE_BASIC", "ORT_ENABLE_EXTENDED", "ORT_ENABLE_ALL")
 LIMITS = np.finfo(np.float32)
@@ -98,12 +98,12 @@ def expected(spec, logits, corners, sizes):
     scores = torch.where(is_object, softmax.scores(logits), math.nan)
     if spec.selection == "flat":
         flat = scores.reshape(batch, -1)
-        chosen = select_stable_sort(flat, spec.top_k)
+        chosen = select_top_k(flat, spec.top_k)
         queries, labels, values = chosen // classes, chosen % classes, flat.gather(1, chosen)
     else:
         best = best_class(torch.where(is_object, logits.float(), math.nan))
         keys = scores.gather(2, best.unsqueeze(2)).squeeze(2)
-        queries = select_stable_sort(keys, spec.top_k)
+        queries = select_top_k(keys, spec.top_k)
         labels, values = best.gather(1, queries), keys.gather(1, queries)
     valid = ~values.isnan() if spec.score_threshold is None else values > spec.score_threshold
     found = corners.float().gather(1, queries.unsqueeze(2).expand(-1, -1, 4))

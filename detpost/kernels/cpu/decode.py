@@ -13,12 +13,11 @@ from torch import Tensor
 from detpost.detections import Detections
 from detpost.kernels.cpu import library
 from detpost.kernels.cpu.selection import DTYPES
-from detpost.spec import DecodeSpec
+from detpost.spec import BOX_FORMAT_CODES, DecodeSpec
 
 __all__ = ["decode", "decode_as_operator"]
 
 _SIZE_TYPES = {torch.float32: 1, torch.int32: 2, torch.int64: 3}
-_BOX_FORMATS = {"cxcywh": 0, "xyxy": 1, "xywh": 2}
 # Addresses and whole numbers in the order of DecodeCall, and the threshold.
 _RECORD = struct.Struct("=21qd")
 
@@ -51,9 +50,9 @@ def decode_as_operator(logits: Tensor, boxes: Tensor, image_sizes: Tensor | None
 
 
 def _spec_arguments(spec: DecodeSpec, classes: int) -> tuple[int, bool, bool, int, int, bool, float | None]:
-    background = {"none": -1, "first": 0, "last": classes - 1}[spec.background]
     softmax, per_query = spec.activation == "softmax", spec.selection == "per_query"
-    return spec.top_k, softmax, per_query, background, _BOX_FORMATS[spec.box_format], spec.clip, spec.score_threshold
+    background, box_format = spec.background_channel(classes), BOX_FORMAT_CODES[spec.box_format]
+    return spec.top_k, softmax, per_query, background, box_format, spec.clip, spec.score_threshold
 
 
 def _decode(

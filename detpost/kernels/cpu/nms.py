@@ -16,7 +16,7 @@ from detpost.detections import Detections
 from detpost.kernels.cpu import library
 from detpost.reference.derivatives import wants_derivative
 
-__all__ = ["keep", "keep_as_operator", "merge", "merge_as_operator", "suppress", "takes_detections"]
+__all__ = ["keep", "keep_as_operator", "merge", "merge_as_operator", "suppress", "takes"]
 
 # Addresses and whole numbers in the order of nms.cpp's Call, and two thresholds; in that of its Rows.
 _RECORD = struct.Struct("=12q2d")
@@ -96,11 +96,12 @@ def merge_as_operator(
     return found
 
 
-def takes_detections(detections: Detections) -> bool:
-    """Whether :func:`suppress` takes detections: of the usual dtypes, with nothing that wants a gradient."""
+def takes(detections: Detections, *others: Any) -> bool:
+    """Whether :func:`suppress` takes detections: plain tensors of the usual dtypes that want no gradient."""
     scores, labels, boxes, queries, valid = detections
     return (
-        scores.dtype == boxes.dtype == torch.float32
+        all(type(values) is Tensor for values in detections)
+        and scores.dtype == boxes.dtype == torch.float32
         and labels.dtype == queries.dtype == torch.int64
         and valid.dtype == torch.bool
         and not wants_derivative(scores, boxes)
@@ -111,7 +112,7 @@ def suppress(detections: Detections, threshold: float, by_class: bool, compact: 
     """Suppress as :class:`detpost.nms.NonMaximumSuppression` does, in one pass.
 
     Args:
-        detections: that :func:`takes_detections` takes, on the CPU.
+        detections: that :func:`takes` takes, on the CPU.
         threshold: in [0, 1].
         by_class: whether detections of different labels leave each other alone.
         compact: whether what is kept moves to the front.

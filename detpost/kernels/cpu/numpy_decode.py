@@ -1,8 +1,8 @@
 """The decode on a CPU without a compiler: NumPy's ``partition`` behind the group prefilter.
 
 Of any partition of a row into groups, the k-th greatest group maximum bounds the k best elements from below. Few others
-reach that bound, so all that is left to order fits into a cache. Rows that hold NaN or too many ties are left to the
-plain form.
+reach that bound, so all that is left to order fits into a cache. What holds NaN or too many ties is left to PyTorch's
+operators.
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from detpost.detections import Detections
+from detpost.detections import INVALID, Detections
+from detpost.kernels.aten import selection as aten
+from detpost.reference import decode as reference
 from detpost.spec import DecodeSpec
 
-__all__ = ["decode", "select", "takes_scores", "takes_spec"]
+__all__ = ["decode", "select", "takes"]
 
 # Groups per kept element: the fewer, the cheaper the partition and the looser the bound.
 _GROUPS_PER_KEPT = 2
@@ -24,17 +26,12 @@ _GROUPS_PER_KEPT = 2
 _MOST_CANDIDATES_PER_KEPT = 16
 
 
-def takes_scores(dtype: torch.dtype) -> bool:
-    """Whether :func:`select` and :func:`decode` take scores of this dtype. bfloat16 is widened first."""
-    return dtype in (torch.float32, torch.float16, torch.bfloat16)
-
-
-def takes_spec(spec: DecodeSpec) -> bool:
+def takes(spec: DecodeSpec) -> bool:
     """Whether :func:`decode` knows this kind of decode."""
     return spec.activation == "sigmoid" and spec.selection == "flat" and spec.background == "none"
 
 
-def select(scores: Tensor, k: int) -> Tensor | None:
+def select(scores: Tensor, k: int) -> Tensor:
     """Select as :func:`detpost.select_top_k` does.
 
     Args:
@@ -42,30 +39,33 @@ def select(scores: Tensor, k: int) -> Tensor | None:
         k: how many to keep, at least 1.
 
     Returns:
-        (B, min(k, N)), int64, or ``None`` where a row has NaN or too many ties.
+        (B, min(k, N)), int64.
     """
     kept = min(k, scores.shape[1])
-    if 0 in (len(scores), kept):
-        return None
-    rows = _array(scores)
-    chosen = [_best_of_row(row, kept) for row in rows]
-    if any(indices is None for indices in chosen):
-        return None
+    chosen = [_best_of_row(row, kept) for row in _array(scores)] if kept else []
+    if not chosen or any(indices is None for indices in chosen):
+        return aten.select(scores, k)
     return torch.from_numpy(np.stack(chosen))  # type: ignore[arg-type]
 
 
-def decode(logits: Tensor, boxes: Tensor, image_sizes: Tensor | None, spec: DecodeSpec) -> Detections | None:
+def decode(logits: Tensor, boxes: Tensor, image_sizes: Tensor | None, spec: DecodeSpec) -> Detections:
     """Decode as :class:`detpost.DetectionPostProcessor` does, without a gradient.
 
     Args:
         logits: (B, Q, C), float32, float16 or bfloat16, on the CPU.
         boxes: (B, Q, 4), floating but not float64, on the CPU.
         image_sizes: (B, 2), (height, width) in pixels, or ``None``.
-        spec: one that :func:`takes_spec` takes.
+        spec: one that :func:`takes` takes.
 
     Returns:
-        The detections, or ``None`` where :func:`select` gives none.
+        The detections.
     """
+    found = _decode(logits, boxes, image_sizes, spec)
+    return reference.decode(logits, boxes, image_sizes, spec, aten.select) if found is None else found
+
+
+def _decode(logits: Tensor, boxes: Tensor, image_sizes: Tensor | None, spec: DecodeSpec) -> Detections | None:
+    """Decode, or give ``None`` where there is nothing to decode, NaN, or too many ties."""
     batch, queries, classes = logits.shape
     kept = min(spec.top_k, queries * classes)
     if 0 in (batch, kept):
@@ -91,8 +91,9 @@ def decode(logits: Tensor, boxes: Tensor, image_sizes: Tensor | None, spec: Deco
     valid = np.ones((batch, kept), bool)
     if spec.score_threshold is not None:
         valid = scores > np.float32(spec.score_threshold)
-        scores, labels, chosen = np.where(valid, scores, 0), np.where(valid, labels, -1), np.where(valid, chosen, -1)
-        corners = np.where(valid[..., None], corners, np.float32(0))
+        scores, labels = np.where(valid, scores, INVALID.score), np.where(valid, labels, INVALID.label)
+        chosen = np.where(valid, chosen, INVALID.query)
+        corners = np.where(valid[..., None], corners, np.float32(INVALID.box))
     found = (torch.from_numpy(part) for part in (scores.astype(np.float32, copy=False), labels, corners, chosen, valid))
     return Detections(*found)
 

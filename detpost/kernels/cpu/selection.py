@@ -11,7 +11,7 @@ from torch import Tensor
 
 from detpost.kernels.cpu import library
 
-__all__ = ["DTYPES", "select", "takes_scores"]
+__all__ = ["DTYPES", "select"]
 
 # Of the scores and logits that the kernels read, by their numbers in common.h.
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -20,11 +20,6 @@ DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 @functools.cache
 def _run() -> Any:
     return library.function("detpost_select", c_void_p, c_int, c_int64, c_int64, c_int64, c_void_p, c_int)
-
-
-def takes_scores(dtype: torch.dtype) -> bool:
-    """Whether the kernels take scores of this dtype."""
-    return dtype in DTYPES
 
 
 def select(scores: Tensor, k: int) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from detpost.detections import Detections
+from detpost.detections import INVALID, Detections
 from detpost.kernels.triton.common import flat, jit, operator, power_of_two, runs_on, wrap_triton
 from detpost.kernels.triton.select import (
     BLOCK,
@@ -29,19 +29,23 @@ from detpost.kernels.triton.select import (
     score_of,
 )
 from detpost.reference.softmax import limbs
-from detpost.spec import DecodeSpec
+from detpost.spec import BOX_FORMAT_CODES, DecodeSpec
 
-__all__ = ["decode", "supported"]
+__all__ = ["decode", "takes"]
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # The classes of a query are held in registers at once where they are compared with each other.
 _MAX_CLASSES = 8192
 _MAX_PAIRS = 2**30
+# What slots that are not valid read, and formats of boxes, as constants of a kernel.
+_SCORE, _LABEL = tl.constexpr(INVALID.score), tl.constexpr(INVALID.label)
+_BOX, _QUERY = tl.constexpr(INVALID.box), tl.constexpr(INVALID.query)
+_CXCYWH, _XYWH = tl.constexpr(BOX_FORMAT_CODES["cxcywh"]), tl.constexpr(BOX_FORMAT_CODES["xywh"])
 # Logits per program where queries are looked at one by one.
 _TILE = 2048
 
 
-def supported(logits: Tensor, boxes: Tensor, image_sizes: Tensor | None, spec: DecodeSpec) -> bool:
+def takes(logits: Tensor, boxes: Tensor, image_sizes: Tensor | None, spec: DecodeSpec) -> bool:
     """Whether :func:`decode` takes these arguments, which the post-processor has checked.
 
     Args:
@@ -75,7 +79,7 @@ def decode(logits: Tensor, boxes: Tensor, image_sizes: Tensor | None, spec: Deco
     """Decode a batch as :class:`detpost.DetectionPostProcessor` does, without gradients.
 
     Args:
-        logits: (B, Q, C), float32, float16 or bfloat16; see :func:`supported`.
+        logits: (B, Q, C), float32, float16 or bfloat16; see :func:`takes`.
         boxes: (B, Q, 4), the same choice of dtypes, in units of the image, in ``spec.box_format``.
         image_sizes: (B, 2), (height, width) in pixels, or ``None``.
         spec: what the decode does.
@@ -95,8 +99,8 @@ def decode(logits: Tensor, boxes: Tensor, image_sizes: Tensor | None, spec: Deco
         min(spec.top_k, logits.shape[1] * (classes if spec.selection == "flat" else 1)),
         spec.activation == "softmax",
         spec.selection == "per_query",
-        {"none": -1, "first": 0, "last": classes - 1}[spec.background],
-        spec.box_format,
+        spec.background_channel(classes),
+        BOX_FORMAT_CODES[spec.box_format],
         spec.clip,
         # Scores are at least 0: above a negative threshold is above none.
         -1.0 if spec.score_threshold is None else spec.score_threshold,
@@ -114,7 +118,7 @@ def _decode(
     softmax: bool,
     per_query: bool,
     background: int,
-    box_format: str,
+    box_format: int,
     clip: bool,
     threshold: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -173,7 +177,7 @@ def _decode(
         HAS_SIZES=has_sizes,
         SOFTMAX=softmax,
         PER_QUERY=per_query,
-        FORMAT={"xyxy": 0, "xywh": 1, "cxcywh": 2}[box_format],
+        FORMAT=box_format,
         CLIP=clip,
         GROUPS=groups,
         BLOCK=BLOCK,
@@ -286,7 +290,7 @@ def _decode_kernel(
     HAS_SIZES: tl.constexpr,
     SOFTMAX: tl.constexpr,
     PER_QUERY: tl.constexpr,
-    FORMAT: tl.constexpr,  # 0 xyxy, 1 xywh, 2 cxcywh
+    FORMAT: tl.constexpr,  # BOX_FORMAT_CODES
     CLIP: tl.constexpr,
     GROUPS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -321,9 +325,9 @@ def _decode_kernel(
     score = value if SOFTMAX else _sigmoid(value)
     valid = (value == value) & (score > threshold)
     out = image * count + slot
-    tl.store(scores_ptr + out, tl.where(valid, score, 0.0), mask=is_kept)
-    tl.store(out_labels_ptr + out, tl.where(valid, label, -1), mask=is_kept)
-    tl.store(out_queries_ptr + out, tl.where(valid, query, -1), mask=is_kept)
+    tl.store(scores_ptr + out, tl.where(valid, score, _SCORE), mask=is_kept)
+    tl.store(out_labels_ptr + out, tl.where(valid, label, _LABEL), mask=is_kept)
+    tl.store(out_queries_ptr + out, tl.where(valid, query, _QUERY), mask=is_kept)
     tl.store(valid_ptr + out, valid, mask=is_kept)
     x1, y1, x2, y2 = _corners(boxes_ptr + (image * queries + query) * 4, is_kept, FORMAT)
     if HAS_SIZES:
@@ -335,10 +339,10 @@ def _decode_kernel(
         width = 1.0
     if CLIP:
         x1, y1, x2, y2 = _clipped(x1, width), _clipped(y1, height), _clipped(x2, width), _clipped(y2, height)
-    tl.store(corners_ptr + out * 4, tl.where(valid, x1, 0.0), mask=is_kept)
-    tl.store(corners_ptr + out * 4 + 1, tl.where(valid, y1, 0.0), mask=is_kept)
-    tl.store(corners_ptr + out * 4 + 2, tl.where(valid, x2, 0.0), mask=is_kept)
-    tl.store(corners_ptr + out * 4 + 3, tl.where(valid, y2, 0.0), mask=is_kept)
+    tl.store(corners_ptr + out * 4, tl.where(valid, x1, _BOX), mask=is_kept)
+    tl.store(corners_ptr + out * 4 + 1, tl.where(valid, y1, _BOX), mask=is_kept)
+    tl.store(corners_ptr + out * 4 + 2, tl.where(valid, x2, _BOX), mask=is_kept)
+    tl.store(corners_ptr + out * 4 + 3, tl.where(valid, y2, _BOX), mask=is_kept)
 
 
 @jit
@@ -354,9 +358,9 @@ def _corners(box_ptr, mask, FORMAT: tl.constexpr):
     b = tl.load(box_ptr + 1, mask=mask, other=0.0).to(tl.float32)
     c = tl.load(box_ptr + 2, mask=mask, other=0.0).to(tl.float32)
     d = tl.load(box_ptr + 3, mask=mask, other=0.0).to(tl.float32)
-    if FORMAT == 2:
+    if FORMAT == _CXCYWH:
         x1, y1, x2, y2 = a - 0.5 * c, b - 0.5 * d, a + 0.5 * c, b + 0.5 * d
-    elif FORMAT == 1:
+    elif FORMAT == _XYWH:
         x1, y1, x2, y2 = a, b, a + c, b + d
     else:
         x1, y1, x2, y2 = a, b, c, d

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from detpost.kernels.triton.common import flat, jit, operator, power_of_two, runs_on, wrap_triton
 
-__all__ = ["squared_boundary_distance", "squared_distance", "supported"]
+__all__ = ["squared_boundary_distance", "squared_distance", "takes"]
 
 _MAX_SIDE = 4096
 _MAX_ELEMENTS = 2**31 - 1
@@ -33,7 +33,7 @@ _TILE = 1024
 _FAR = tl.constexpr(2**30)
 
 
-def supported(inside: Tensor) -> bool:
+def takes(inside: Tensor) -> bool:
     """Whether the functions here take this mask.
 
     Args:
@@ -56,7 +56,7 @@ def squared_distance(inside: Tensor, spacing: tuple[float, ...]) -> tuple[Tensor
     """Squared distance to the nearest False; the contract of the function of this name in ``losses``.
 
     Args:
-        inside: (B, C, *spatial) boolean; see :func:`supported`.
+        inside: (B, C, *spatial) boolean; see :func:`takes`.
         spacing: one length per spatial axis.
 
     Returns:
@@ -72,7 +72,7 @@ def squared_boundary_distance(inside: Tensor, spacing: tuple[float, ...]) -> tup
     """Squared distance to the nearest element of the other kind, for both kinds by one transform.
 
     Args:
-        inside: (B, C, *spatial) boolean; see :func:`supported`.
+        inside: (B, C, *spatial) boolean; see :func:`takes`.
         spacing: one length per spatial axis.
 
     Returns:

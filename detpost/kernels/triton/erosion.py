@@ -23,7 +23,7 @@ from torch import Tensor
 
 from detpost.kernels.triton.common import flat, jit, operator, power_of_two, runs_on, wrap_triton
 
-__all__ = ["erode", "erosion_gradient", "supported"]
+__all__ = ["erode", "erosion_gradient", "takes"]
 
 _BLOCK = 512
 # Programs per field: each reads the parts that all of them left, so there must not be too many.
@@ -45,7 +45,7 @@ _NAN_BITS = tl.constexpr(0x7FC00000)
 _LIMITS = 7
 
 
-def supported(pred: Tensor, target: Tensor) -> bool:
+def takes(pred: Tensor, target: Tensor) -> bool:
     """Whether the functions here take this pair, which the loss has checked.
 
     Args:
@@ -73,7 +73,7 @@ def erode(
     """Weighted sum of the stretched erosions of the squared difference, and what its gradient needs.
 
     Args:
-        pred: (B, C, *spatial) float32; see :func:`supported`.
+        pred: (B, C, *spatial) float32; see :func:`takes`.
         target: (B, 1, *spatial), integer class ids.
         classes: (C,), the class id of each channel.
         weights: of each of the k erosions.

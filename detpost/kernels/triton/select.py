@@ -23,7 +23,7 @@ from torch import Tensor
 
 from detpost.kernels.triton.common import flat, jit, operator, power_of_two, runs_on, wrap_triton
 
-__all__ = ["select", "supported"]
+__all__ = ["select", "takes"]
 
 MAX_K = 1024
 _MAX_ROW = 2**30
@@ -47,7 +47,7 @@ _MAX_SEGMENTS = 64
 _MAX_PROGRAMS = 256
 
 
-def supported(scores: Tensor, k: int) -> bool:
+def takes(scores: Tensor, k: int) -> bool:
     """Whether :func:`select` takes these arguments.
 
     Args:
@@ -72,7 +72,7 @@ def select(scores: Tensor, k: int) -> Tensor:
     """Give the indices of the k greatest scores of each row, as :func:`detpost.select_top_k` does.
 
     Args:
-        scores: (B, N), float32, float16 or bfloat16; see :func:`supported`. Any strides; other than contiguous ones
+        scores: (B, N), float32, float16 or bfloat16; see :func:`takes`. Any strides; other than contiguous ones
             cost a copy.
         k: how many to keep.
 

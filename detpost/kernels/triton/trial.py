@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from detpost.kernels.aten import selection as aten
+from detpost.reference import decode as reference
 from detpost.spec import DecodeSpec
 
 __all__ = ["decode", "everything", "losses", "selection"]
@@ -127,11 +129,10 @@ def _rows(width: int) -> Tensor:
 
 def _selects(device: str, dtype: torch.dtype, k: int) -> bool:
     from detpost.kernels.triton import select as triton_select
-    from detpost.selection import select_packed
 
     for width in (max(_SHORT, k), _LONG):
         scores = _rows(width).to(device, dtype)
-        if not torch.equal(triton_select.select(scores, k), select_packed(scores, k)):
+        if not torch.equal(triton_select.select(scores, k), aten.select(scores, k)):
             return False
     return True
 
@@ -164,15 +165,13 @@ def _decodes_one(
     from dataclasses import replace
 
     from detpost.kernels.triton import decode as triton_decode
-    from detpost.postprocess import decode_plainly
-    from detpost.selection import select_packed
 
     spec = replace(spec, score_threshold=threshold)
     boxes = torch.rand(*logits.shape[:2], 4, generator=torch.Generator().manual_seed(1), dtype=torch.float32)
     boxes = (boxes * 1.2 - 0.1).to(device, boxes_dtype)
     sizes = torch.tensor([[480, 640], [37, 1000], [1, 1]])
     given = (logits, boxes, None if sizes_dtype is None else sizes.to(device, sizes_dtype), spec)
-    found, expected = triton_decode.decode(*given), decode_plainly(*given, select_packed)
+    found, expected = triton_decode.decode(*given), reference.decode(*given, aten.select)
     # Of softmax the score is the order, to the bit; of sigmoid exp may differ in float64's last bit.
     exact = ("labels", "queries", "valid", *(("scores",) if spec.activation == "softmax" else ()))
     return all(torch.equal(getattr(found, name), getattr(expected, name)) for name in exact) and all(
@@ -183,12 +182,12 @@ def _decodes_one(
 def _measures(device: str) -> bool:
     """Both distances, in 2-D and 3-D, with equal and unequal spacing, in sides below and above a block."""
     from detpost.kernels.triton import distance as triton_distance
-    from detpost.reference import distance as reference
+    from detpost.reference import distance
 
     generator = torch.Generator().manual_seed(2)
     for sides, spacing in (((33, 50), (1.0, 1.0)), ((7, 301), (0.5, 2.0)), ((5, 6, 37), (3.0, 1.0, 0.7))):
         inside = (torch.rand(1, 2, *sides, generator=generator) < 0.9).to(device)
-        within, beyond = (reference.squared_distance(mask, spacing)[0] for mask in (inside, ~inside))
+        within, beyond = (distance.squared_distance(mask, spacing)[0] for mask in (inside, ~inside))
         if not torch.allclose(triton_distance.squared_distance(inside, spacing)[0], within, rtol=1e-6):
             return False
         both, _ = triton_distance.squared_boundary_distance(inside, spacing)
@@ -200,7 +199,7 @@ def _measures(device: str) -> bool:
 def _erodes(device: str) -> bool:
     """Values and gradients, in 2-D and 3-D, on errors thick enough for the last erosion, with many shared extremes."""
     from detpost.kernels.triton import erosion as triton_erosion
-    from detpost.reference import erosion as reference
+    from detpost.reference import erosion
 
     generator, weights = torch.Generator().manual_seed(3), [1.0, 4.0, 9.0]
     for sides in ((19, 30), (9, 10, 11)):
@@ -208,13 +207,13 @@ def _erodes(device: str) -> bool:
         target = (torch.rand(2, 1, *sides, generator=generator) < 0.05).long().to(device)
         given = (pred, target, torch.arange(2, device=device), weights)
         total, dilations, limits = triton_erosion.erode(*given, True)
-        expected, *saved = reference.erode(*given, len(sides), True)
+        expected, *saved = erosion.erode(*given, len(sides), True)
         if not torch.allclose(total, expected, rtol=1e-4, atol=1e-4):
             return False
         handed_out = torch.rand(pred.shape, generator=generator).to(device)
         found = triton_erosion.erosion_gradient(handed_out, *given, dilations, limits)
-        slope = reference.erosion_gradient(handed_out, weights, saved, len(sides))
-        slope = slope * (reference.difference(*given[:3]) * 2)
+        slope = erosion.erosion_gradient(handed_out, weights, saved, len(sides))
+        slope = slope * (erosion.difference(*given[:3]) * 2)
         if not torch.allclose(found, slope, rtol=1e-3, atol=1e-4 * float(slope.abs().max())):
             return False
     return True

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from detpost.postprocess import decode_plainly
+from detpost.reference import decode as reference
 from detpost.verify.conformance.cases import Case, all_cases
 from detpost.verify.conformance.faults import FAULTS, Fault
 from detpost.verify.conformance.judge import PARTS, agreement, right_slots, shares
@@ -198,7 +198,7 @@ def _open(runner: str | Callable[..., Any]) -> Runner:
 def _expected(case: Case) -> Decoded:
     """Decode by the definition; what else an answer is judged by comes from the plan."""
     logits, boxes, image_sizes = map(torch.from_numpy, (case.logits, case.boxes, case.image_sizes))
-    found = decode_plainly(logits, boxes, image_sizes, case.spec)
+    found = reference.decode(logits, boxes, image_sizes, case.spec)
     by_plan = decode(plan_of(case), case)
     return Decoded(
         labels=found.labels.numpy(),

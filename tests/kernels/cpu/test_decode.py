@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from detpost import DecodeSpec, DetectionPostProcessor, kernels
+from detpost.kernels import dispatch
+from detpost.kernels.cpu import decode as native_decode
 from detpost.kernels.cpu import library, numpy_decode
 from detpost.verify.compare import raw_cases
 
@@ -49,25 +51,26 @@ def test_the_decode_is_the_plain_one(forced, kind, name):
             forced("aten")
             expected = post(*given)
             forced(kind)
-            found = kernels.decode(*given, post.spec)
-            if kind == "numpy" and found is None:
-                found = post(*given)
-            else:
-                taken += 1
-            assert_same(found, expected, f"{case}, {variant}")
-    assert taken > 10 or (kind == "numpy" and not numpy_decode.takes_spec(post.spec))
+            assert_same(kernels.decode(*given, post.spec), expected, f"{case}, {variant}")
+            taken += kind == "native" or numpy_decode._decode(*given, post.spec) is not None
+    assert taken > 10
 
 
 def test_gradients_exports_and_double_precision_go_the_plain_way(forced):
     forced("native")
     logits, boxes = torch.randn(1, 9, 4), torch.rand(1, 9, 4)
     spec = DecodeSpec()
-    assert kernels.decode(logits, boxes, None, spec) is not None
-    assert kernels.decode(logits.double(), boxes, None, spec) is None
-    assert kernels.decode(logits, boxes.double(), None, spec) is None
-    assert kernels.decode(logits, boxes.requires_grad_(), None, spec) is None
+
+    def runs(logits, boxes):
+        return dispatch._form("decode", logits, logits, boxes, None, spec)
+
+    definition = dispatch.FORMS["decode"][-1].run
+    assert runs(logits, boxes) is native_decode.decode
+    assert runs(logits.double(), boxes) is definition
+    assert runs(logits, boxes.double()) is definition
+    assert runs(logits, boxes.requires_grad_()) is definition
     with torch.no_grad():
-        assert kernels.decode(logits, boxes, None, spec) is not None
+        assert runs(logits, boxes) is native_decode.decode
     program = torch.export.export(DetectionPostProcessor(spec), (logits, torch.rand(1, 9, 4), torch.ones(1, 2)))
     assert "detpost" not in str(program.graph)
     post = DetectionPostProcessor(spec)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from detpost import DecodeSpec, DetectionPostProcessor, kernels
+from detpost.kernels import dispatch
 from detpost.kernels.cpu import library
 from detpost.losses import distance_transform_edt
 
@@ -101,16 +102,16 @@ print(library.instructions().replace(" ", "_"), digest.hexdigest(), f"{float(val
 def test_the_choice_is_said_and_wrong_ones_are_refused(forced, monkeypatch):
     for kind in ("native", "numpy", "aten"):
         forced(kind)
-        assert kernels.kind_for("cpu") == kind
-        assert kernels.kind_for("mps") == "aten"
+        assert kernels.kernel_for("cpu") == kind
+        assert kernels.kernel_for("mps") == "aten"
     forced("cuda")
     with pytest.raises(ValueError, match="must be one of native, numpy, triton, aten; got 'cuda'"):
-        kernels.kind_for("cpu")
+        kernels.kernel_for("cpu")
     monkeypatch.setattr(library, "_library", lambda: "not built: reinstall")
-    kernels._kind_for.cache_clear()
+    dispatch._kernel_for.cache_clear()
     forced("native")
     with pytest.raises(RuntimeError, match="DETPOST_KERNEL=native, but detpost"):
-        kernels.kind_for("cpu")
+        kernels.kernel_for("cpu")
     forced("")
-    assert kernels.kind_for("cpu") == "numpy"
-    kernels._kind_for.cache_clear()
+    assert kernels.kernel_for("cpu") == "numpy"
+    dispatch._kernel_for.cache_clear()

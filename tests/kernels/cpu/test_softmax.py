@@ -13,7 +13,7 @@ import torch
 from detpost import DecodeSpec
 from detpost.kernels.cpu import decode as native
 from detpost.kernels.cpu import library
-from detpost.postprocess import decode_plainly
+from detpost.reference.decode import decode as reference_decode
 
 pytestmark = pytest.mark.skipif(library.missing() is not None, reason=f"the C++ kernels are {library.missing()}")
 
@@ -73,7 +73,7 @@ def compare(seed, count):
         for _ in range(count):
             spec, given = a_spec(chance), a_batch(chance, kind)
             case = (kind, spec, given[0].shape, given[0].dtype)
-            assert_same_bits(native.decode(*given, spec), decode_plainly(*given, spec), case)
+            assert_same_bits(native.decode(*given, spec), reference_decode(*given, spec), case)
 
 
 def every_pair_of_entries():
@@ -88,7 +88,7 @@ def compare_every_pair_of_entries():
     logits = every_pair_of_entries()
     boxes = torch.zeros(1, logits.shape[1], 4)
     spec = DecodeSpec(activation="softmax", top_k=logits.shape[1] * 2)
-    assert_same_bits(native.decode(logits, boxes, None, spec), decode_plainly(logits, boxes, None, spec), "pairs")
+    assert_same_bits(native.decode(logits, boxes, None, spec), reference_decode(logits, boxes, None, spec), "pairs")
 
 
 def test_any_decode_is_the_plain_one_to_the_bit():

@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 from detpost import DecodeSpec, DetectionPostProcessor, Detections
 from detpost.kernels.triton import decode as triton_decode
 from detpost.kernels.triton import select as triton_select
-from detpost.kernels.triton.decode import decode, supported
+from detpost.kernels.triton.decode import decode, takes
 from detpost.kernels.triton.select import block_sizes
 from detpost.reference.softmax import limbs
 from tests.kernels.triton.harness import (
@@ -51,7 +51,7 @@ def raw(queries=7, classes=4, dtype=torch.float32, batch=2):
 
 def hold(logits, boxes, sizes, spec, device):
     moved = [None if value is None else value.to(device) for value in (logits, boxes, sizes)]
-    assert supported(*moved, spec)
+    assert takes(*moved, spec)
     actual = decode(*moved, spec)
     expected = DetectionPostProcessor(spec)(logits, boxes, sizes)
     assert isinstance(actual, Detections)
@@ -138,19 +138,19 @@ def test_compiles_whole(device):
 
 
 @on_each_device
-def test_what_is_not_supported_is_said(device):
+def test_what_is_not_taken_is_said(device):
     logits, boxes = torch.zeros(2, 9, 4, device=device), torch.zeros(2, 9, 4, device=device)
-    assert supported(logits, boxes, None, DecodeSpec())
-    assert not supported(logits.double(), boxes, None, DecodeSpec())
-    assert not supported(logits, boxes.double(), None, DecodeSpec())
-    assert not supported(logits[:0], boxes[:0], None, DecodeSpec())
-    assert not supported(logits[:, :0], boxes[:, :0], None, DecodeSpec())
-    assert not supported(logits.to("meta"), boxes.to("meta"), None, DecodeSpec())
+    assert takes(logits, boxes, None, DecodeSpec())
+    assert not takes(logits.double(), boxes, None, DecodeSpec())
+    assert not takes(logits, boxes.double(), None, DecodeSpec())
+    assert not takes(logits[:0], boxes[:0], None, DecodeSpec())
+    assert not takes(logits[:, :0], boxes[:, :0], None, DecodeSpec())
+    assert not takes(logits.to("meta"), boxes.to("meta"), None, DecodeSpec())
     wide = torch.zeros(1, 1, 9000, device=device)
-    assert supported(wide, boxes[:1, :1], None, DecodeSpec())
-    assert not supported(wide, boxes[:1, :1], None, DecodeSpec(top_k=1025))
-    assert not supported(wide, boxes[:1, :1], None, DecodeSpec(selection="per_query"))
-    assert not supported(wide, boxes[:1, :1], None, DecodeSpec("softmax"))
+    assert takes(wide, boxes[:1, :1], None, DecodeSpec())
+    assert not takes(wide, boxes[:1, :1], None, DecodeSpec(top_k=1025))
+    assert not takes(wide, boxes[:1, :1], None, DecodeSpec(selection="per_query"))
+    assert not takes(wide, boxes[:1, :1], None, DecodeSpec("softmax"))
 
 
 @pytest.mark.gpu

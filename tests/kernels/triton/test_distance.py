@@ -6,7 +6,7 @@ import torch
 pytest.importorskip("triton")
 
 from detpost.kernels.triton import distance as triton_distance
-from detpost.kernels.triton.distance import squared_boundary_distance, squared_distance, supported
+from detpost.kernels.triton.distance import squared_boundary_distance, squared_distance, takes
 from detpost.losses import distance_transform as plain
 from tests.kernels.triton.harness import (
     INTERPRETED,
@@ -25,7 +25,7 @@ DENSITIES = [0.0, 0.03, 0.5, 0.97, 1.0]
 
 
 def hold(inside, spacing, device):
-    assert supported(inside.to(device))
+    assert takes(inside.to(device))
     expected, unit = plain.squared_distance(inside, spacing)
     both = expected + plain.squared_distance(~inside, spacing)[0]
     for function, wanted in ((squared_distance, expected), (squared_boundary_distance, both)):
@@ -91,14 +91,14 @@ def test_compiles_whole_and_takes_any_strides(device):
 
 
 @on_each_device
-def test_what_is_not_supported_is_said(device):
+def test_what_is_not_taken_is_said(device):
     mask = torch.ones(1, 1, 4, 4, dtype=torch.bool, device=device)
-    assert supported(mask)
-    assert not supported(mask.float())
-    assert not supported(mask[0])
-    assert not supported(mask[..., :0])
-    assert not supported(mask[..., :1].expand(1, 1, 4, 4097))
-    assert not supported(mask.to("meta"))
+    assert takes(mask)
+    assert not takes(mask.float())
+    assert not takes(mask[0])
+    assert not takes(mask[..., :0])
+    assert not takes(mask[..., :1].expand(1, 1, 4, 4097))
+    assert not takes(mask.to("meta"))
 
 
 @pytest.mark.gpu

@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("triton")
 
 from detpost.kernels.triton import erosion as triton_erosion
-from detpost.kernels.triton.erosion import erode, erosion_gradient, supported
+from detpost.kernels.triton.erosion import erode, erosion_gradient, takes
 from detpost.losses import hausdorff_er as plain
 from tests.kernels.triton.harness import (
     INTERPRETED,
@@ -39,7 +39,7 @@ def ours(pred, target, weights, keep_field, grad=None):
 
 
 def hold(pred, target, keep_field, device, weights=WEIGHTS, grad=None):
-    assert supported(pred.to(device), target.to(device))
+    assert takes(pred.to(device), target.to(device))
     total, dilations, grad, gradient = (
         value.cpu() for value in ours(pred.to(device), target.to(device), weights, keep_field, grad)
     )
@@ -135,15 +135,15 @@ def test_compiles_whole(device):
 
 
 @on_each_device
-def test_what_is_not_supported_is_said(device):
+def test_what_is_not_taken_is_said(device):
     pred, target = torch.zeros(1, 2, 3, 4, device=device), torch.zeros(1, 1, 3, 4, dtype=torch.long, device=device)
-    assert supported(pred, target)
-    assert not supported(pred.double(), target)
-    assert not supported(pred.half(), target)
-    assert not supported(pred[0], target)
-    assert not supported(pred[:0], target)
-    assert not supported(pred[:, :1].expand(1, 65536, 3, 4), target)
-    assert not supported(pred.to("meta"), target.to("meta"))
+    assert takes(pred, target)
+    assert not takes(pred.double(), target)
+    assert not takes(pred.half(), target)
+    assert not takes(pred[0], target)
+    assert not takes(pred[:0], target)
+    assert not takes(pred[:, :1].expand(1, 65536, 3, 4), target)
+    assert not takes(pred.to("meta"), target.to("meta"))
 
 
 @pytest.mark.gpu

@@ -9,7 +9,7 @@ import torch
 pytest.importorskip("triton")
 
 from detpost.kernels.triton import select as triton_select
-from detpost.kernels.triton.select import block_sizes, segment_count, select, supported
+from detpost.kernels.triton.select import block_sizes, segment_count, select, takes
 from tests.kernels.triton.harness import (
     INTERPRETED,
     _plain_references,  # noqa: F401
@@ -34,7 +34,7 @@ def expected_top_k(rows, k):
 
 def hold(rows, k, device):
     moved = rows.to(device)
-    assert supported(moved, k)
+    assert takes(moved, k)
     actual = select(moved, k)
     assert actual.dtype == torch.int64
     assert torch.equal(actual.cpu(), expected_top_k(rows, k)), f"k={k}: {rows.tolist()}"
@@ -147,16 +147,16 @@ def test_compiles_whole(device):
 
 
 @on_each_device
-def test_what_is_not_supported_is_said(device):
+def test_what_is_not_taken_is_said(device):
     rows = torch.zeros(2, 3000, device=device)
-    assert supported(rows, 1024)
-    assert not supported(rows, 1025)
-    assert supported(rows[:, :40], 5000)  # 40 are kept
-    assert not supported(rows.double(), 5)
-    assert not supported(rows[:0], 5)
-    assert not supported(rows[:, :0], 5)
-    assert not supported(rows[0], 5)
-    assert not supported(rows.to("meta"), 5)
+    assert takes(rows, 1024)
+    assert not takes(rows, 1025)
+    assert takes(rows[:, :40], 5000)  # 40 are kept
+    assert not takes(rows.double(), 5)
+    assert not takes(rows[:0], 5)
+    assert not takes(rows[:, :0], 5)
+    assert not takes(rows[0], 5)
+    assert not takes(rows.to("meta"), 5)
 
 
 @pytest.mark.gpu

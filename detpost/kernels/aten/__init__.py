@@ -1,0 +1,1 @@
+"""What is written for speed in PyTorch's own operators: for any device, and for graphs that other runtimes read."""

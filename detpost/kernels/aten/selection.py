@@ -1,0 +1,112 @@
+"""Selection by ``topk``, which promises no order for equal scores, made exact.
+
+The k-th greatest value is the same whichever of equal scores a ``topk`` takes. With it every element has a rank: above
+that value, equal to it, or (where it is -inf) NaN. Rank and index make one integer, no two of which are
+equal, and the k greatest of these are the one right set. Only those are then put in order.
+
+Long rows are cut into groups first. The k best elements lie in the k best groups, a group being as good as its best
+element and, of equal ones, the earlier the better: each of these has an element ahead of any in a group left out.
+
+No step reads a tensor as another dtype, and integers stay below the row's length times 4: every runtime has them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from detpost.reference import selection as reference
+
+__all__ = ["select", "select_by_top_k"]
+
+# Under this many scores per kept one, and in rows shorter than this, the group prefilter costs more than it saves.
+_PREFILTER_MIN_RATIO = 8
+_PREFILTER_MIN_WIDTH = 1 << 14
+
+
+def select(scores: Tensor, k: int) -> Tensor:
+    """Select as :func:`detpost.select_top_k` does; what is kept is put in order by a stable sort.
+
+    Args:
+        scores: (B, N), floating.
+        k: how many to keep, at least 1.
+
+    Returns:
+        (B, min(k, N)), int64, best first. Carries no gradient.
+    """
+    if k >= scores.shape[1]:
+        return reference.select_top_k(scores, k)
+    return _select(scores.detach(), k, _order_by_sort)
+
+
+def select_by_top_k(scores: Tensor, k: int) -> Tensor:
+    """Select with no other sort than the top-k of unique integers: for runtimes whose sorts promise no order.
+
+    Args and returns as :func:`select`.
+    """
+    width = int(scores.shape[1])  # a number while tracing, too
+    if width == 0:
+        return reference.select_top_k(scores, k)
+    return _select(scores.detach(), min(k, width), _order_by_top_k)
+
+
+def _select(scores: Tensor, k: int, order: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    width = int(scores.shape[1])
+    is_nan = scores.isnan()
+    numbers = torch.where(is_nan, -math.inf, scores)
+    if k == width:
+        return order(numbers, is_nan)
+    groups, size = None, 1
+    if width >= _PREFILTER_MIN_RATIO * k and width >= _PREFILTER_MIN_WIDTH:
+        size = max(2, math.isqrt(width // k))  # about the size for which the two top-k passes read least
+        groups, numbers, is_nan = _best_groups(numbers, is_nan, k, size)
+    best = _best_set(numbers, is_nan, k)
+    best = best.gather(1, order(numbers.gather(1, best), is_nan.gather(1, best)))
+    if groups is None:
+        return best
+    return groups.gather(1, best // size) * size + best % size
+
+
+def _best_groups(numbers: Tensor, is_nan: Tensor, k: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Cut rows into groups; give the k best groups (B, k) by index, and their elements (B, k * size) likewise."""
+    batch, width = numbers.shape[0], int(numbers.shape[1])
+    gap = -width % size
+    if gap:  # like NaN, and after every one
+        numbers, is_nan = F.pad(numbers, (0, gap), value=-math.inf), F.pad(is_nan.to(numbers.dtype), (0, gap), value=1)
+    grouped = numbers.view(batch, -1, size)
+    # As a float, which reductions are fast on.
+    grouped_nan = is_nan.to(numbers.dtype).view(batch, -1, size)
+    chosen = _best_set(grouped.amax(dim=2), grouped_nan.amin(dim=2) > 0, k)
+    chosen = (-chosen).topk(k, dim=1).values.neg()  # by index
+    index = chosen.unsqueeze(-1).expand(batch, k, size)
+    elements = (grouped.gather(1, index).flatten(1), grouped_nan.gather(1, index).flatten(1) > 0)
+    return chosen, *elements
+
+
+def _best_set(numbers: Tensor, is_nan: Tensor, k: int) -> Tensor:
+    """Give the places of the k best of rows (B, N) in which NaN reads -inf: (B, k), int64, equal ones by index."""
+    width = int(numbers.shape[1])
+    last = numbers.topk(k, dim=1).values[:, -1:]
+    index = torch.arange(width, dtype=torch.int32, device=numbers.device)
+    is_tied = torch.where(is_nan, -index, width - index)
+    keys = torch.where(numbers > last, 2 * width - index, torch.where(numbers == last, is_tied, -width))
+    return keys.topk(k, dim=1).indices
+
+
+def _order_by_sort(numbers: Tensor, is_nan: Tensor) -> Tensor:
+    """Order what :func:`_best_set` gave, in which equal ones stand by index, and NaN last."""
+    # Zeros of one sign: a radix sort, as on CUDA, would put -0.0 below 0.0.
+    return torch.where(numbers == 0, 0.0, numbers).argsort(dim=1, descending=True, stable=True)
+
+
+def _order_by_top_k(numbers: Tensor, is_nan: Tensor) -> Tensor:
+    """Order rows (B, K) by value, then by place, NaN last."""
+    count = int(numbers.shape[1])
+    values, order = numbers.topk(count, dim=1)  # which place stands beside which of two equal values is its choice
+    falls = F.pad((values[:, 1:] < values[:, :-1]).to(torch.int32), (1, 0))
+    run = falls.cumsum(dim=1).to(torch.int32) + count * is_nan.gather(1, order).to(torch.int32)  # NaN behind -inf
+    return order.gather(1, (run * -count - order.to(torch.int32)).topk(count, dim=1).indices)

@@ -1,0 +1,122 @@
+"""The whole decode in PyTorch's own operators: what every kernel and every written graph is held to.
+
+Logits and boxes go in; indices are selected; scores, labels and boxes are gathered by them. Only what is gathered has a
+gradient, so the selection may be computed in any way that gives the same indices.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from detpost import boxes as box_ops
+from detpost.detections import Detections, clear_invalid
+from detpost.reference import softmax
+from detpost.reference.derivatives import wants_derivative
+from detpost.reference.selection import best_class, select_top_k
+from detpost.spec import DecodeSpec
+
+__all__ = ["decode"]
+
+Select = Callable[[Tensor, int], Tensor]
+
+
+def decode(
+    logits: Tensor, boxes: Tensor, image_sizes: Tensor | None, spec: DecodeSpec, select: Select = select_top_k
+) -> Detections:
+    """Decode a batch.
+
+    Args:
+        logits: (B, Q, C), floating.
+        boxes: (B, Q, 4), floating, in units of the image, in ``spec.box_format``.
+        image_sizes: (B, 2), (height, width) in pixels, or ``None``: boxes stay normalised.
+        spec: what the decode does.
+        select: gives the indices of the k best of each row, in the order of :func:`select_top_k`.
+
+    Returns:
+        The detections, differentiable in logits and boxes.
+
+    Example:
+        >>> logits, boxes = torch.tensor([[[0.0, 4.0]]]), torch.tensor([[[0.5, 0.5, 1.0, 1.0]]])
+        >>> decode(logits, boxes, None, DecodeSpec(top_k=1)).labels
+        tensor([[1]])
+    """
+    queries, labels, keys = _select_pairs(logits, spec, select)  # (B, K) each
+    # A key is NaN for the background, for a NaN logit and, of softmax, for every class of a query that has one.
+    is_number = ~keys.isnan()
+    if spec.activation == "sigmoid":
+        scores = _sigmoid_scores(logits, queries, labels, is_number)  # (B, K)
+    else:
+        scores = _softmax_scores(logits, queries, labels, keys, is_number)
+    valid = is_number if spec.score_threshold is None else is_number & (scores > spec.score_threshold)
+    return clear_invalid(scores, labels, _corners(boxes, queries, image_sizes, spec), queries, valid)
+
+
+def _select_pairs(logits: Tensor, spec: DecodeSpec, select: Select) -> tuple[Tensor, Tensor, Tensor]:
+    """Choose the kept pairs: queries and labels (B, K), int64, and the keys that they stand in the order of (B, K)."""
+    batch, queries, classes = logits.shape
+    rows = logits.detach()
+    keys = rows if spec.activation == "sigmoid" else softmax.scores(rows)  # (B, Q, C)
+    if spec.background != "none":
+        # NaN is never ahead of a number and never valid: just what the channel that means "no object" should be.
+        is_background = torch.arange(classes, device=logits.device) == spec.background_channel(classes)
+        rows, keys = torch.where(is_background, math.nan, rows), torch.where(is_background, math.nan, keys)
+    if spec.selection == "flat":
+        keys = keys.reshape(batch, queries * classes)
+        flat = select(keys, spec.top_k)
+        return flat // classes, flat % classes, keys.gather(1, flat)
+    # By the logits and not the keys: far below the background, all of a query's scores are 0.
+    best = best_class(rows)  # (B, Q)
+    keys = keys.gather(2, best.unsqueeze(-1)).squeeze(-1)
+    order = select(keys, spec.top_k)
+    return order, best.gather(1, order), keys.gather(1, order)
+
+
+def _sigmoid_scores(logits: Tensor, queries: Tensor, labels: Tensor, is_number: Tensor) -> Tensor:
+    """Score the kept pairs (B, K), 0 where they are no number; the logits are gathered again for their gradient."""
+    batch, query_count, classes = logits.shape
+    flat = logits.reshape(batch, query_count * classes).gather(1, queries * classes + labels)
+    # NaN is replaced before the activation, not after: a gradient through the unused side of a where is still 0 * NaN.
+    return torch.where(is_number, flat, 0.0).to(_scoring_dtype(logits)).sigmoid().to(_at_least_float32(logits))
+
+
+def _softmax_scores(logits: Tensor, queries: Tensor, labels: Tensor, keys: Tensor, is_number: Tensor) -> Tensor:
+    """Score the kept pairs (B, K), 0 where they are no number: by the keys, which have no gradient of their own."""
+    scores = torch.where(is_number, keys, 0.0)
+    if logits.dtype != torch.float64 and not wants_derivative(logits):
+        return scores
+    scores = softmax.with_slope(scores, _take(logits, queries), labels)
+    # Two float64 scores that are nearer than the keys can tell may stand in the other order: the later reads as the
+    # earlier, so that scores never rise.
+    return scores.cummin(dim=1).values if logits.dtype == torch.float64 and scores.shape[1] else scores
+
+
+def _corners(boxes: Tensor, queries: Tensor, image_sizes: Tensor | None, spec: DecodeSpec) -> Tensor:
+    """Give the boxes of the kept queries as xyxy (B, K, 4), in pixels where there are image sizes."""
+    corners = box_ops.convert(_take(boxes, queries).to(_at_least_float32(boxes)), spec.box_format, "xyxy")
+    if image_sizes is not None:
+        corners = box_ops.scale(corners, image_sizes)
+    if not spec.clip:
+        return corners
+    return corners.clamp(0, 1) if image_sizes is None else box_ops.clip(corners, image_sizes)
+
+
+def _take(values: Tensor, queries: Tensor) -> Tensor:
+    """Gather rows: values (B, Q, n), queries (B, K) -> (B, K, n)."""
+    return values.gather(1, queries.unsqueeze(-1).expand(-1, -1, values.shape[2]))
+
+
+def _at_least_float32(values: Tensor) -> torch.dtype:
+    """float32 for float32 and narrower, float64 for float64 (so that gradcheck means something)."""
+    return torch.promote_types(values.dtype, torch.float32)
+
+
+def _scoring_dtype(logits: Tensor) -> torch.dtype:
+    """float64, so that equal logits score alike: float32 functions round the tail of a vector loop otherwise.
+
+    float32 where float64 is missing: on MPS.
+    """
+    return _at_least_float32(logits) if logits.device.type == "mps" else torch.float64

@@ -1,0 +1,56 @@
+"""The dispatch always answers, and what writes a graph gets operators that every runtime has."""
+
+import pytest
+import torch
+from torch import nn
+
+from detpost import DetectionPostProcessor
+from detpost.kernels import dispatch
+from detpost.nms import NonMaximumSuppression
+
+
+class AsTuple(nn.Module):
+    """Raw outputs to a plain tuple, as runtimes for small devices want it."""
+
+    def __init__(self, preset, suppress):
+        super().__init__()
+        self.post = DetectionPostProcessor.from_preset(preset, top_k=20)
+        self.suppress = NonMaximumSuppression(0.5) if suppress else nn.Identity()
+
+    def forward(self, logits, boxes, sizes):
+        return tuple(self.suppress(self.post(logits, boxes, sizes)))
+
+
+@pytest.mark.parametrize("suppress", [False, True])
+@pytest.mark.parametrize("preset", ["rtdetr", "detr"])
+def test_an_exported_graph_reads_no_tensor_as_another_dtype(preset, suppress):
+    module = AsTuple(preset, suppress)
+    raw = (torch.randn(1, 300, 60).round(), torch.rand(1, 300, 4), torch.tensor([[4, 5]]))
+    program = torch.export.export(module, raw)
+    for nodes in (program.graph.nodes, program.run_decompositions().graph.nodes):
+        called = {str(node.target) for node in nodes if node.op == "call_function"}
+        assert called
+        assert not {name for name in called if "view" in name and "dtype" in name}
+        assert not {name for name in called if "sort" in name or name.startswith("detpost")}
+    for found, expected in zip(program.module()(*raw), module(*raw), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def test_the_last_form_is_the_definition_and_takes_everything():
+    for computation, forms in dispatch.FORMS.items():
+        *others, last = forms
+        assert last.kernel == "reference", computation
+        assert last.takes()
+        assert last.trial is None
+        assert {form.kernel for form in others} <= {*dispatch.KERNELS, "graph", "transform"}
+
+
+@pytest.mark.parametrize("kernel", dispatch.KERNELS)
+def test_whatever_is_forced_there_is_an_answer(monkeypatch, kernel):
+    if kernel == "triton":
+        pytest.importorskip("triton")
+    monkeypatch.setenv("DETPOST_KERNEL", kernel)
+    nothing = torch.tensor([[float("nan"), -float("inf"), float("nan")]])
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        assert dispatch.select(nothing.to(dtype), 2).tolist() == [[1, 0]]
+        assert dispatch.select(torch.empty(0, 3, dtype=dtype), 2).shape == (0, 2)
