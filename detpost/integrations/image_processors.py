@@ -16,7 +16,14 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from detpost.detections import split_by_image
-from detpost.integrations.conventions import in_query_order, size_rows
+from detpost.integrations.conventions import (
+    KindError,
+    MisfitError,
+    check_outputs,
+    check_threshold,
+    in_query_order,
+    size_rows,
+)
 from detpost.postprocess import DetectionPostProcessor
 from detpost.spec import DecodeSpec
 
@@ -96,8 +103,10 @@ def post_process_object_detection(
         queries where the library keeps that (DETR, Table Transformer, YOLOS, OWL-ViT, OWLv2, Grounding DINO).
 
     Raises:
-        TypeError: a family that cannot be told or is not covered, or an argument that its processor does not take.
-        ValueError: sizes or shapes that do not fit.
+        TypeError: a family that cannot be told or is not covered, an argument that its processor does not take, or
+            outputs of another kind (an ``AttributeError`` too).
+        ValueError: sizes or shapes that do not fit; a ``RuntimeError`` and an ``IndexError`` too, which PyTorch raises
+            where the processors leave it to an operator.
 
     Source:
         ``image_processing_*.py`` of transformers 5.23. Where ours differs on purpose stands in ``docs/drop-ins.md``.
@@ -194,9 +203,15 @@ def _post_process(
     **named: Any,
 ) -> list[dict[str, Tensor]]:
     options = {**dict(zip(decode.takes, extra, strict=False)), **named}
+    if not (hasattr(outputs, "logits") and hasattr(outputs, "pred_boxes")):
+        raise KindError(f"outputs must have logits and pred_boxes as attributes; got {type(outputs).__name__}")
     logits, boxes = outputs.logits, outputs.pred_boxes
-    queries = logits.shape[1]
+    check_outputs(logits, boxes)
+    check_threshold(threshold, "threshold")
+    queries = max(1, logits.shape[1])
     top_k = options.get("top_k")
+    if isinstance(top_k, int) and not isinstance(top_k, bool) and top_k < 1:
+        raise MisfitError(f"top_k must be at least 1; got {top_k}")
     spec = DecodeSpec.preset(
         decode.preset if options.get("use_focal_loss", True) else "detr",
         top_k=top_k if top_k is not None else decode.top_k or queries,

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from detpost import boxes as box_ops
 from detpost.detections import split_by_image
+from detpost.integrations.conventions import MisfitError, check_outputs, check_sizes, check_threshold
 from detpost.postprocess import DetectionPostProcessor
 from detpost.spec import DecodeSpec
 
@@ -48,6 +49,10 @@ class DETRPostProcessor(nn.Module):
         filter_as_zero: bool = False,
     ) -> None:
         super().__init__()
+        if confidence_threshold is not None:
+            check_threshold(confidence_threshold, "confidence_threshold")
+        if not isinstance(num_classes, int):
+            raise TypeError(f"num_classes must be an int; got {num_classes!r}")
         self.confidence_threshold = confidence_threshold
         self.num_classes = num_classes
         self.num_top_queries = num_top_queries
@@ -93,12 +98,14 @@ class DETRPostProcessor(nn.Module):
             (B, K, 6) with K = min(num_top_queries, Q * C), the dtype of the scores; or a list of B tensors (D, 6).
 
         Raises:
-            ValueError: shapes that do not fit.
-            TypeError: tensors of a wrong dtype.
+            ValueError: shapes that do not fit; a ``RuntimeError`` too, as in kornia.
+            TypeError: what is no tensor, or tensors of a wrong dtype; an ``AttributeError`` too.
         """
+        check_outputs(logits, boxes)
+        check_sizes(original_sizes, logits, "original_sizes")
         found = self.decode(logits, boxes, original_sizes)
         if logits.shape[2] != self.num_classes:
-            raise ValueError(f"logits must have num_classes = {self.num_classes} classes; got {logits.shape[2]}")
+            raise MisfitError(f"logits must have num_classes = {self.num_classes} classes; got {logits.shape[2]}")
         # Not from the corners, whose difference would round the width once more.
         chosen = boxes.gather(1, found.queries.clamp(min=0).unsqueeze(-1).expand(-1, -1, 4)).to(found.boxes.dtype)
         corner_and_size = box_ops.scale(box_ops.convert(chosen, "cxcywh", "xywh"), original_sizes)

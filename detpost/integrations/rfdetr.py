@@ -9,10 +9,21 @@ import torch
 from torch import Tensor, nn
 
 from detpost.detections import Detections
-from detpost.postprocess import DetectionPostProcessor, raw_outputs
+from detpost.integrations.conventions import (
+    MisfitError,
+    check_outputs,
+    check_sizes,
+    check_threshold,
+    read_outputs,
+)
+from detpost.postprocess import DetectionPostProcessor
 from detpost.spec import DecodeSpec
 
-__all__ = ["PostProcess"]
+__all__ = ["AssertedMisfitError", "PostProcess"]
+
+
+class AssertedMisfitError(MisfitError, AssertionError):
+    """Shapes that do not fit: RF-DETR asserts that there is one size for each image."""
 
 
 class PostProcess(nn.Module):
@@ -76,12 +87,22 @@ class PostProcess(nn.Module):
             -1 and score 0; with masks or keypoints they are left out.
 
         Raises:
-            ValueError: shapes that do not fit, or masks and keypoints at once.
-            TypeError: outputs without logits or boxes, or tensors of a wrong dtype.
+            ValueError: shapes that do not fit (a ``RuntimeError`` too, and of sizes an ``AssertionError``, as in the
+                original), or masks and keypoints at once.
+            TypeError: outputs without logits or boxes (a ``KeyError`` too), or tensors of a wrong dtype.
         """
+        if not isinstance(outputs, Mapping):
+            raise TypeError(f"outputs must be a mapping with pred_logits and pred_boxes; got {type(outputs).__name__}")
+        logits, boxes = read_outputs(outputs)
         if outputs.get("pred_masks") is not None and outputs.get("pred_keypoints") is not None:
             raise ValueError("expected pred_masks or pred_keypoints; got both: RF-DETR has no such model")
-        logits, boxes = raw_outputs(outputs)
+        check_outputs(logits, boxes, "pred_", AssertedMisfitError)
+        check_sizes(target_sizes, logits, "target_sizes", error=AssertedMisfitError)
+        if score_threshold is not None:
+            check_threshold(score_threshold, "score_threshold")
+        masks = outputs.get("pred_masks")
+        if masks is not None and masks.ndim == 4 and masks.shape[1] != logits.shape[1]:
+            raise MisfitError(f"pred_masks must be of {logits.shape[1]} queries; got {masks.shape[1]}")
         # A box of negative width or height is one of none.
         found = self.decode(logits, torch.cat((boxes[..., :2], boxes[..., 2:].clamp(min=0)), dim=-1), target_sizes)
         if outputs.get("pred_masks") is None and outputs.get("pred_keypoints") is None:

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from detpost.detections import Detections
 from detpost.heads._gather import lookup_table
-from detpost.integrations.conventions import in_query_order
-from detpost.postprocess import DetectionPostProcessor, raw_outputs
+from detpost.integrations.conventions import MisfitError, check_outputs, check_sizes, in_query_order, read_outputs
+from detpost.postprocess import DetectionPostProcessor
 from detpost.spec import DecodeSpec
 
 __all__ = ["COCO_CATEGORY_IDS", "RTDETRPostProcessor"]
@@ -95,13 +95,15 @@ class RTDETRPostProcessor(nn.Module):
             tuple (labels (B, K), boxes (B, K, 4), scores (B, K)).
 
         Raises:
-            ValueError: shapes that do not fit.
-            TypeError: outputs without logits or boxes, or tensors of a wrong dtype.
+            ValueError: shapes that do not fit; a ``RuntimeError`` too, as in the original.
+            TypeError: outputs without logits or boxes (a ``KeyError`` too), or tensors of a wrong dtype.
         """
-        logits, boxes = raw_outputs(outputs)
+        logits, boxes = read_outputs(outputs)
+        check_outputs(logits, boxes, "pred_")
+        check_sizes(orig_target_sizes, logits, "orig_target_sizes", "(width, height)")
         found: Detections = self.decode(logits, boxes, orig_target_sizes.flip(-1))
         if self.use_focal_loss and logits.shape[2] != self.num_classes:
-            raise ValueError(f"pred_logits must have num_classes = {self.num_classes} classes; got {logits.shape[2]}")
+            raise MisfitError(f"pred_logits must have num_classes = {self.num_classes} classes; got {logits.shape[2]}")
         if not self.use_focal_loss and logits.shape[1] <= self.num_top_queries:
             found = in_query_order(found, logits.shape[1])
         if self.deploy_mode:

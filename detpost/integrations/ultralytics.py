@@ -10,14 +10,14 @@ import contextlib
 import importlib
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from detpost import boxes as box_ops
 from detpost.detections import Detections, clear_invalid, split_by_image
-from detpost.integrations.conventions import size_rows
+from detpost.integrations.conventions import KindError, MisfitError, check_threshold, size_rows
 from detpost.selection import best_class, select_top_k
 
 __all__ = ["decode", "patched", "postprocess", "postprocess_selected"]
@@ -50,7 +50,8 @@ def decode(
         >>> found.labels, found.scores, found.boxes
         (tensor([[1]]), tensor([[0.7500]]), tensor([[[ 0.,  0., 20., 10.]]]))
     """
-    _check(preds, "4 + C", preds.ndim == 3 and preds.shape[2] > 4)
+    _check_kind(preds)
+    _check(preds, "4 + C", preds.ndim == 3 and preds.shape[2] > 4, conf)
     scores = preds[..., 4:].to(torch.promote_types(preds.dtype, torch.float32))
     best = best_class(scores)  # (B, Q)
     best_scores = scores.gather(2, best.unsqueeze(-1)).squeeze(-1)
@@ -132,7 +133,7 @@ def postprocess_selected(
         [tensor([[ 0.0000,  0.0000, 20.0000, 10.0000,  0.7500,  1.0000]])]
     """
     first = _first(preds)
-    _check(first, "6", first.ndim == 3 and first.shape[2] == 6)
+    _check(first, "6", first.ndim == 3 and first.shape[2] == 6, conf)
     values = first.to(torch.promote_types(first.dtype, torch.float32))
     corners = box_ops.convert(values[..., :4], "cxcywh", "xyxy")
     corners = box_ops.scale(corners, size_rows(orig_shapes, first, "orig_shapes"))
@@ -198,8 +199,16 @@ def _ultralytics(name: str) -> Any:
 
 
 def _first(preds: Tensor | Sequence[Any]) -> Tensor:
-    first: Tensor = preds if isinstance(preds, Tensor) else preds[0]
-    return first
+    first: Any = preds[0] if isinstance(preds, (list, tuple)) and len(preds) > 0 else preds
+    _check_kind(first)
+    return cast(Tensor, first)
+
+
+def _check_kind(preds: Any) -> None:
+    if not isinstance(preds, Tensor):
+        raise KindError(f"preds must be a tensor, or a list or tuple that begins with one; got {type(preds).__name__}")
+    if not preds.is_floating_point():
+        raise KindError(f"preds must be floating; got {preds.dtype}")
 
 
 def _allowed(labels: Tensor, classes: Sequence[int] | None) -> Tensor:
@@ -209,8 +218,7 @@ def _allowed(labels: Tensor, classes: Sequence[int] | None) -> Tensor:
     return torch.isin(labels, torch.tensor(list(classes), dtype=labels.dtype, device=labels.device))
 
 
-def _check(preds: Tensor, last: str, fits: bool) -> None:
-    if not preds.is_floating_point():
-        raise TypeError(f"preds must be floating; got {preds.dtype}")
+def _check(preds: Any, last: str, fits: bool, conf: Any) -> None:
     if not fits:
-        raise ValueError(f"preds must have shape (B, Q, {last}); got {tuple(preds.shape)}")
+        raise MisfitError(f"preds must have shape (B, Q, {last}); got {tuple(preds.shape)}")
+    check_threshold(conf, "conf")

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 
 __all__ = ["Memory"]
 
-# Together 1 GiB: what is being decoded or drawn at one moment, and what waits to be drawn.
-WORKING_BYTES = 768 * 1024**2
-WAITING_BYTES = 256 * 1024**2
+# Together, with what a decoder keeps beside its pixels, 1 GiB: what is being decoded or drawn at one moment, and what waits to be drawn.
+WORKING_BYTES = 640 * 1024**2
+WAITING_BYTES = 192 * 1024**2
 
 
 class Memory:

@@ -159,7 +159,7 @@ def test_nan_takes_no_place_among_the_selected():
     ("make", "kind", "pattern"),
     [
         (lambda: PostProcess(0), ValueError, "top_k must be at least 1; got 0"),
-        (lambda: PostProcess()(outputs(), SIZES[:2]), ValueError, "image_sizes must have shape"),
+        (lambda: PostProcess()(outputs(), SIZES[:2]), ValueError, "target_sizes must be a tensor"),
         (lambda: PostProcess()({}, SIZES), TypeError, "pred_boxes"),
         (
             lambda: PostProcess()(outputs() | dict.fromkeys(("pred_masks", "pred_keypoints"), torch.ones(1)), SIZES),

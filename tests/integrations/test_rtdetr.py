@@ -131,7 +131,7 @@ def test_more_queries_asked_for_than_there_are_pairs():
         (lambda: RTDETRPostProcessor(91, remap_mscoco_category=True), ValueError, "num_classes of at most 80; got 91"),
         (lambda: RTDETRPostProcessor(6)(outputs(), WIDTH_HEIGHT), ValueError, "num_classes = 6 classes; got 7"),
         (lambda: RTDETRPostProcessor(7)({}, WIDTH_HEIGHT), TypeError, "pred_logits"),
-        (lambda: RTDETRPostProcessor(7)(outputs(), WIDTH_HEIGHT[:2]), ValueError, "image_sizes must have shape"),
+        (lambda: RTDETRPostProcessor(7)(outputs(), WIDTH_HEIGHT[:2]), ValueError, "orig_target_sizes must be a tensor"),
         (lambda: RTDETRPostProcessor(num_top_queries=0), ValueError, "top_k must be at least 1"),
     ],
 )

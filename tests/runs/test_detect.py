@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -281,6 +282,35 @@ class TestFolders:
         Image.new("L", (300, 200)).save(tmp_path / "large.png")
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
         assert not detect([tmp_path / "large.png"], tmp_path / "out").skipped
+        assert Image.MAX_IMAGE_PIXELS == 1000
+
+    def test_another_threads_bomb_is_refused_while_a_run_opens_as_large_an_image(
+        self, tmp_path, detector, quick, monkeypatch
+    ):
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # Pillow refuses twice as many
+        Image.new("L", (60, 50)).save(tmp_path / "bomb.png")
+        (tmp_path / "images").mkdir()
+        shutil.copy(tmp_path / "bomb.png", tmp_path / "images" / "x.png")
+        outcomes = []
+        one = detector.prepare.one
+
+        def opening(image):  # while the run has the file open
+            def other():
+                try:
+                    with Image.open(tmp_path / "bomb.png"):
+                        outcomes.append("opened")
+                except Image.DecompressionBombError:
+                    outcomes.append("refused")
+
+            thread = threading.Thread(target=other)
+            thread.start()
+            thread.join()
+            return one(image)
+
+        monkeypatch.setattr(detector.prepare, "one", opening)
+        summary = detect([tmp_path / "images"], tmp_path / "out")
+        assert (summary.finished, summary.skipped) == (1, ())
+        assert outcomes == ["refused"]
         assert Image.MAX_IMAGE_PIXELS == 1000
 
     def test_an_image_that_the_detector_cannot_take_does_not_end_the_run(self, tmp_path, detector, monkeypatch):
