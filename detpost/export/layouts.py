@@ -17,7 +17,7 @@ from torch import Tensor
 
 from detpost import boxes as box_arithmetic
 from detpost.boxes import BoxFormat
-from detpost.detections import Detections
+from detpost.detections import INVALID, Detections
 from detpost.export.runner_files import deepstream_files, frigate_files, ultralytics_properties
 
 __all__ = ["LAYOUTS", "NO_QUERIES", "PARTS", "Layout", "layout_of", "recorded_layout"]
@@ -81,7 +81,7 @@ class Layout:
     box_format: BoxFormat = "xyxy"
     normalised: bool = False
     label_dtype: Literal["int64", "int32"] = "int64"
-    empty_label: int = -1
+    empty_label: int = INVALID.label
     pixels: Pixels = None
     files: Files | None = field(default=None, compare=False)
     properties: Properties | None = field(default=None, compare=False)
@@ -134,7 +134,11 @@ class Layout:
             corners = corners * factor[:, None, [1, 0, 1, 0]]
         queries = values.get("queries", torch.full_like(labels, NO_QUERIES)).to(torch.int64)
         return Detections(
-            torch.where(valid, scores, 0.0), torch.where(valid, labels, -1), corners * valid[..., None], queries, valid
+            torch.where(valid, scores, INVALID.score),
+            torch.where(valid, labels, INVALID.label),
+            torch.where(valid[..., None], corners, INVALID.box),
+            queries,
+            valid,
         )
 
     def to_dict(self) -> dict[str, Any]:

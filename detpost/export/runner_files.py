@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from detpost.spec import DecodeSpec
+
 __all__ = ["deepstream_files", "frigate_files", "ultralytics_properties"]
 
 _NO_OBJECT = "background"
@@ -83,5 +85,5 @@ def _labels(metadata: Mapping[str, Any]) -> list[str]:
     known = {int(label): str(name) for label, name in metadata["class_names"].items()}
     count = metadata.get("num_classes") or (max(known) + 1 if known else 0)
     # The channel that means "no object" is never a label, but numbers its neighbours.
-    background = {"first": 0, "last": count - 1}.get(metadata["spec"]["background"], -1)
+    background = DecodeSpec(**metadata["spec"]).background_channel(count)
     return [known.get(label, _NO_OBJECT if label == background else str(label)) for label in range(count)]

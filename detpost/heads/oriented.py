@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import _register_namedtuple
 
-from detpost.detections import Detections
+from detpost.detections import INVALID, Detections
 from detpost.heads._gather import by_query, check, check_sizes
 
 __all__ = ["OrientedBoxes", "OrientedDetections"]
@@ -90,9 +90,8 @@ class OrientedBoxes(nn.Module):
         if oriented_boxes.shape[2] != 5:
             raise ValueError(f"oriented_boxes must have shape (B, Q, 5); got {tuple(oriented_boxes.shape)}")
         gathered = by_query(oriented_boxes, detections.queries)
-        rows = torch.where(
-            detections.valid.unsqueeze(-1), gathered.to(torch.promote_types(gathered.dtype, torch.float32)), 0.0
-        )
+        kind = torch.promote_types(gathered.dtype, torch.float32)
+        rows = torch.where(detections.valid.unsqueeze(-1), gathered.to(kind), INVALID.box)
         x, y, width, height, angle = rows.unbind(-1)  # (B, K) each
         if image_sizes is not None:
             check_sizes(detections, image_sizes)

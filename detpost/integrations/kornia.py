@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from detpost import boxes as box_ops
-from detpost.detections import split_by_image
+from detpost.detections import INVALID, split_by_image
 from detpost.integrations.conventions import MisfitError, check_outputs, check_sizes, check_threshold
 from detpost.postprocess import DetectionPostProcessor
 from detpost.spec import DecodeSpec
@@ -28,6 +28,10 @@ class DETRPostProcessor(nn.Module):
         num_top_queries: how many (query, class) pairs to keep.
         confidence_filtering: whether to filter at all.
         filter_as_zero: fill the rows that are filtered out with zeros in place of dropping them.
+
+    Raises:
+        TypeError: ``num_classes`` is no int, or the threshold no number.
+        ValueError: fewer than one query to keep.
 
     Source:
         ``kornia/models/rt_detr/post_processor.py`` of kornia 0.9. Where ours differs on purpose stands in
@@ -109,7 +113,7 @@ class DETRPostProcessor(nn.Module):
         # Not from the corners, whose difference would round the width once more.
         chosen = boxes.gather(1, found.queries.clamp(min=0).unsqueeze(-1).expand(-1, -1, 4)).to(found.boxes.dtype)
         corner_and_size = box_ops.scale(box_ops.convert(chosen, "cxcywh", "xywh"), original_sizes)
-        corner_and_size = torch.where(found.valid.unsqueeze(-1), corner_and_size, 0.0)
+        corner_and_size = torch.where(found.valid.unsqueeze(-1), corner_and_size, INVALID.box)
         rows = torch.cat((found.labels.unsqueeze(-1), found.scores.unsqueeze(-1), corner_and_size), dim=-1)  # (B, K, 6)
         if not self.confidence_filtering or self.confidence_threshold == 0:
             return rows

@@ -19,7 +19,7 @@ from detpost.integrations.conventions import (
 from detpost.postprocess import DetectionPostProcessor
 from detpost.spec import DecodeSpec
 
-__all__ = ["AssertedMisfitError", "PostProcess"]
+__all__ = ["PostProcess"]
 
 
 class AssertedMisfitError(MisfitError, AssertionError):

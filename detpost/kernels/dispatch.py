@@ -44,7 +44,7 @@ from detpost.reference import erosion as reference_erosion
 from detpost.reference import fusion as reference_fusion
 from detpost.reference import nms as reference_nms
 from detpost.reference import selection as reference_selection
-from detpost.reference.derivatives import wants_derivative
+from detpost.reference.derivatives import is_in_transform, wants_derivative
 from detpost.spec import DecodeSpec
 
 __all__ = [
@@ -84,7 +84,7 @@ _ASKED: Final[dict[str, tuple[str, ...]]] = {
 }
 
 # Computations whose own derivatives are asked for: inside a transform of a compiled function, and forwards, too.
-_DIFFERENTIATED = frozenset({"erosion", "squared_distance", "boundary_distance", "weighted_error"})
+_DIFFERENTIATED = frozenset({"decode", "erosion", "squared_distance", "boundary_distance", "weighted_error"})
 
 _NARROW = (torch.float32, torch.float16, torch.bfloat16)
 _FLOATING = (*_NARROW, torch.float64)
@@ -127,14 +127,8 @@ def _seen(kernel: str, run: Callable[..., Any], dtypes: tuple[torch.dtype, ...] 
     return Form(kernel, run, run, dtypes)
 
 
-def _decode_in_cpp(logits: Tensor, boxes: Tensor, image_sizes: Tensor | None, spec: DecodeSpec) -> bool:
+def _decode_at_once(logits: Tensor, boxes: Tensor, image_sizes: Tensor | None, spec: DecodeSpec) -> bool:
     return boxes.dtype != torch.float64 and not wants_derivative(logits, boxes, image_sizes)
-
-
-def _decode_in_numpy(logits: Tensor, boxes: Tensor, image_sizes: Tensor | None, spec: DecodeSpec) -> bool:
-    return (
-        numpy_decode.takes(spec) and boxes.dtype != torch.float64 and not wants_derivative(logits, boxes, image_sizes)
-    )
 
 
 def _decode_in_graph(logits: Tensor, boxes: Tensor, image_sizes: Tensor | None, spec: DecodeSpec) -> Detections:
@@ -203,8 +197,8 @@ FORMS: Final[dict[str, tuple[Form, ...]]] = {
         _seen(_DEFINITION, reference_selection.select_top_k),
     ),
     "decode": (
-        Form("native", native_decode.decode, native_decode.decode_as_operator, _NARROW, _decode_in_cpp),
-        Form("numpy", numpy_decode.decode, None, _NARROW, _decode_in_numpy),
+        Form("native", native_decode.decode, native_decode.decode_as_operator, _NARROW, _decode_at_once),
+        Form("numpy", numpy_decode.decode, None, _NARROW, _decode_at_once),
         Form("triton", doors.Decode.run, doors.Decode.run, _NARROW, doors.Decode.takes, doors.Decode.trial),
         _seen(_GRAPH, _decode_in_graph),
         _seen(_DEFINITION, _decode_by_operators),
@@ -302,13 +296,13 @@ def _serving(device: torch.device, compiling: bool, differentiated: bool) -> str
     if compiling:  # looked up once, without following the environment and the file system
         if _is_exporting():
             return _GRAPH
-        if differentiated and _constant_is_in_functorch():
+        if differentiated and (is_in_transform() or torch.autograd.forward_ad._current_level >= 0):
             return _TRANSFORM
         constant: str = _constant_kernel_for(device.type)
         return constant
     if torch._C._is_tracing():  # TorchScript, and the older ONNX exporter
         return _GRAPH
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if is_in_transform():
         return _TRANSFORM
     # An enclosing dual level is enough: operators may make a tangent out of any other tensor.
     if differentiated and torch.autograd.forward_ad._current_level >= 0:
@@ -331,12 +325,6 @@ def writes_graph() -> bool:
     if torch.compiler.is_compiling():  # asked first: not every Dynamo can follow the question below
         return _is_exporting()
     return torch._C._is_tracing()
-
-
-# Dynamo cannot follow the question; it compiles anew for another answer.
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _constant_is_in_functorch() -> bool:
-    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-__all__ = ["wants_derivative"]
+__all__ = ["is_in_transform", "wants_derivative"]
 
 
 def wants_derivative(*values: Tensor | None) -> bool:
@@ -20,8 +20,7 @@ def wants_derivative(*values: Tensor | None) -> bool:
         for value in values:  # a loop: a call of the smallest image notices a generator
             if value is not None and value.requires_grad:
                 return True
-    # A compiler shows what transforms do by the tensors themselves, and takes this stack for one that is never empty.
-    if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
+    if is_in_transform():
         return True
     # The level first: without one there is no tangent, and to ask each tensor costs as much as to decode a small image.
     return forward_ad._current_level >= 0 and any(_has_tangent(value) for value in values)
@@ -29,3 +28,17 @@ def wants_derivative(*values: Tensor | None) -> bool:
 
 def _has_tangent(value: Tensor | None) -> bool:
     return value is not None and forward_ad.unpack_dual(value).tangent is not None  # type: ignore[no-untyped-call]
+
+
+def is_in_transform() -> bool:
+    """Whether a transform of ``torch.func`` (grad, jvp, vmap) is at work; inside ``torch.compile`` too."""
+    if torch.compiler.is_compiling():
+        constant: bool = _constant_is_in_transform()
+        return constant
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+# Dynamo cannot follow the question; it compiles anew for another answer.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _constant_is_in_transform() -> bool:
+    return torch._C._functorch.peek_interpreter_stack() is not None

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 
 __all__ = ["Memory"]
 
-# Together, with what a decoder keeps beside its pixels, 1 GiB: what is being decoded or drawn at one moment, and what waits to be drawn.
+# With what decoders keep beside the pixels, 1 GiB together: what is decoded or drawn at one moment, and what waits
+# to be drawn.
 WORKING_BYTES = 640 * 1024**2
 WAITING_BYTES = 192 * 1024**2
 

@@ -62,7 +62,7 @@ def fake(monkeypatch):
     monkeypatch.setattr(cuda_graph, "_device_of", lambda inputs: torch.device("cpu"))
     monkeypatch.setattr(cuda_graph, "_wait_for", lambda device: None)
     monkeypatch.setattr(cuda_graph, "_capture", graphs.capture)
-    monkeypatch.setattr(cuda_graph._Turn, "on", lambda self, device: contextlib.nullcontext())
+    monkeypatch.setattr(cuda_graph._StreamOrder, "on", lambda self, device: contextlib.nullcontext())
     return graphs
 
 

@@ -16,19 +16,16 @@ from torch import Tensor
 from detpost.detections import INVALID, Detections
 from detpost.kernels.aten import selection as aten
 from detpost.reference import decode as reference
+from detpost.reference import softmax
 from detpost.spec import DecodeSpec
 
-__all__ = ["decode", "select", "takes"]
+__all__ = ["decode", "select"]
 
+_COARSE, _FINE = np.array(softmax.COARSE, np.float32), np.array(softmax.FINE, np.float32)
 # Groups per kept element: the fewer, the cheaper the partition and the looser the bound.
 _GROUPS_PER_KEPT = 2
 # A looser bound than this (ties, mostly) is not worth sorting.
 _MOST_CANDIDATES_PER_KEPT = 16
-
-
-def takes(spec: DecodeSpec) -> bool:
-    """Whether :func:`decode` knows this kind of decode."""
-    return spec.activation == "sigmoid" and spec.selection == "flat" and spec.background == "none"
 
 
 def select(scores: Tensor, k: int) -> Tensor:
@@ -55,7 +52,7 @@ def decode(logits: Tensor, boxes: Tensor, image_sizes: Tensor | None, spec: Deco
         logits: (B, Q, C), float32, float16 or bfloat16, on the CPU.
         boxes: (B, Q, 4), floating but not float64, on the CPU.
         image_sizes: (B, 2), (height, width) in pixels, or ``None``.
-        spec: one that :func:`takes` takes.
+        spec: what the decode does.
 
     Returns:
         The detections.
@@ -67,35 +64,120 @@ def decode(logits: Tensor, boxes: Tensor, image_sizes: Tensor | None, spec: Deco
 def _decode(logits: Tensor, boxes: Tensor, image_sizes: Tensor | None, spec: DecodeSpec) -> Detections | None:
     """Decode, or give ``None`` where there is nothing to decode, NaN, or too many ties."""
     batch, queries, classes = logits.shape
-    kept = min(spec.top_k, queries * classes)
-    if 0 in (batch, kept):
+    objects = classes - (spec.background != "none")
+    per_query = 1 if spec.selection == "per_query" else classes
+    kept = min(spec.top_k, queries * per_query)
+    filled = min(kept, queries * min(per_query, objects))
+    if 0 in (batch, filled):
         return None
-    rows = _array(logits).reshape(batch, queries * classes)
+    values = _array(logits)
     corners_of = _array(boxes)
     sizes = None if image_sizes is None else _array(image_sizes)
     scores = np.empty((batch, kept), np.float32)
     labels = np.empty((batch, kept), np.int64)
     corners = np.empty((batch, kept, 4), np.float32)
     chosen = np.empty((batch, kept), np.int64)
+    best_pairs = _best_of_all if spec.selection == "flat" else _best_of_queries
     for image in range(batch):
-        best = _best_of_row(rows[image], kept)
+        best = best_pairs(values[image], spec, filled)
         if best is None:
             return None
-        # Beyond 709 the exponential overflows with a warning; there a score is 0 in float32 all the same.
-        opposite = np.minimum(np.negative(rows[image][best], dtype=np.float64), 709.0)
-        scores[image] = 1.0 / (1.0 + np.exp(opposite))
-        np.floor_divide(best, classes, out=chosen[image])
-        np.subtract(best, chosen[image] * classes, out=labels[image])
+        chosen[image, :filled], labels[image, :filled], scores[image, :filled] = best
         size = None if sizes is None else sizes[image]
-        corners[image] = _decoded_boxes(corners_of[image], chosen[image], size, spec).T
+        corners[image, :filled] = _decoded_boxes(corners_of[image], chosen[image, :filled], size, spec).T
+    if spec.background == "first":
+        labels += 1
     valid = np.ones((batch, kept), bool)
     if spec.score_threshold is not None:
         valid = scores > np.float32(spec.score_threshold)
+    if spec.score_threshold is not None or filled < kept:
+        valid[:, filled:] = False
         scores, labels = np.where(valid, scores, INVALID.score), np.where(valid, labels, INVALID.label)
         chosen = np.where(valid, chosen, INVALID.query)
         corners = np.where(valid[..., None], corners, np.float32(INVALID.box))
     found = (torch.from_numpy(part) for part in (scores.astype(np.float32, copy=False), labels, corners, chosen, valid))
     return Detections(*found)
+
+
+def _best_of_all(values: Any, spec: DecodeSpec, kept: int) -> tuple[Any, Any, Any] | None:
+    """Give queries, labels and scores of the best pairs of one image (Q, C); labels count without the background."""
+    keys = values if spec.activation == "sigmoid" else _probabilities(values)
+    if keys is None:
+        return None
+    keys = _without_background(keys, spec)
+    row = keys.reshape(-1)
+    best = _best_of_row(row, kept)
+    if best is None:
+        return None
+    queries = best // keys.shape[1]
+    return queries, best - queries * keys.shape[1], _scores(row[best], spec)
+
+
+def _best_of_queries(values: Any, spec: DecodeSpec, kept: int) -> tuple[Any, Any, Any] | None:
+    """Give the best queries of one image (Q, C), each with its best class; labels count without the background."""
+    objects = _without_background(values, spec)
+    labels = objects.argmax(axis=1)  # the first of equal ones, or a NaN
+    keys = objects[np.arange(labels.shape[0]), labels]
+    if spec.activation == "softmax":
+        keys = _probabilities(values, keys)
+        if keys is None:
+            return None
+    best = _best_of_row(keys, kept)
+    return None if best is None else (best, labels[best], _scores(keys[best], spec))
+
+
+def _without_background(values: Any, spec: DecodeSpec) -> Any:
+    return {"none": values, "first": values[:, 1:], "last": values[:, :-1]}[spec.background]
+
+
+def _scores(keys: Any, spec: DecodeSpec) -> Any:
+    if spec.activation == "softmax":
+        return keys
+    # Beyond 709 the exponential overflows with a warning; there a score is 0 in float32 all the same.
+    opposite = np.minimum(np.negative(keys, dtype=np.float64), 709.0)
+    return 1.0 / (1.0 + np.exp(opposite))
+
+
+def _probabilities(values: Any, of: Any | None = None) -> Any | None:
+    """Give the softmax of one image (Q, C), float32, to the bit of :func:`detpost.reference.softmax.scores`.
+
+    Args:
+        values: (Q, C), float32.
+        of: (Q,), a logit of each query, whose probability alone is wanted.
+
+    Returns:
+        (Q, C) or (Q,), or ``None`` where there is NaN.
+    """
+    peak = values.max(axis=1)
+    if np.isnan(peak).any():
+        return None
+    peak = np.where(peak == -np.inf, np.float32(0), peak)
+    shares = _weights(values, peak[:, None])
+    bits, count = softmax.limbs(values.shape[1])
+    sums, rest = [], shares
+    for _ in range(count):  # exact in any order: at most 24 bits
+        rest = rest * np.float32(2.0**bits)
+        limb = np.floor(rest)
+        rest -= limb
+        sums.append(limb.sum(axis=1))
+    total = sums.pop()
+    for coarser in reversed(sums):
+        total = coarser + total * np.float32(2.0**-bits)
+    inverse = np.float32(1) / np.maximum(total * np.float32(2.0**-bits), np.float32(1))
+    return shares * inverse[:, None] if of is None else _weights(of, peak) * inverse
+
+
+def _weights(values: Any, peak: Any) -> Any:
+    """Give exp(value - peak), float32, from the integer that the gap is in steps of 2**-22."""
+    with np.errstate(invalid="ignore", over="ignore"):  # inf - inf; gaps beyond every table
+        gap = peak - values
+        gap *= np.float32(softmax.GAP_SCALE)
+    if np.isinf(peak).any():
+        gap = np.where(np.isnan(gap), np.float32(0), gap)
+    steps = np.minimum(gap, np.float32(softmax.GREATEST_STEP), out=gap).astype(np.int32)  # towards 0, which is down
+    shares = _COARSE[steps >> 18] * _FINE[(steps >> 10) & 255]
+    shares *= np.float32(1) - (steps & 1023).astype(np.float32) * np.float32(softmax.REST_SCALE * softmax.SLOPE)
+    return shares
 
 
 def _array(values: Tensor) -> Any:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 import torch
 
+from detpost.detections import INVALID
 from detpost.reference import softmax
 from detpost.verify.conformance.cases import Array, Case
 
@@ -91,7 +92,8 @@ def decode(plan: Plan, case: Case) -> Decoded:
     logits = case.logits.astype(np.float32)  # exact
     if plan.nan == "zero":
         logits = np.nan_to_num(logits, nan=0.0, posinf=np.inf, neginf=-np.inf)
-    is_background = np.arange(logits.shape[2]) == {"none": -1, "first": 0, "last": logits.shape[2] - 1}[plan.background]
+    classes = logits.shape[2]
+    is_background = np.arange(classes) == replace(case.spec, background=plan.background).background_channel(classes)
     probabilities = _probabilities(plan, logits, is_background)
     keys = np.where(is_background, np.nan, _keys(plan, logits, probabilities))
     queries, labels, kept = _select(plan, logits, keys, is_background)
@@ -112,11 +114,11 @@ def decode(plan: Plan, case: Case) -> Decoded:
         valid = kept & above
     cleared = valid | (plan.invalid != "cleared")
     return Decoded(
-        labels=np.where(cleared, labels + plan.label_shift, -1),
-        boxes=np.where(cleared[..., None], boxes, 0.0),
-        scores=np.where(cleared, scores, 0.0),
+        labels=np.where(cleared, labels + plan.label_shift, INVALID.label),
+        boxes=np.where(cleared[..., None], boxes, INVALID.box),
+        scores=np.where(cleared, scores, INVALID.score),
         valid=valid,
-        queries=np.where(cleared, queries, -1),
+        queries=np.where(cleared, queries, INVALID.query),
         every_key=keys,
         every_box=every_box,
     )

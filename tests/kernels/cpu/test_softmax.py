@@ -1,4 +1,4 @@
-"""Softmax and per-query decodes in C++: the bits of the plain form, at every level of instructions."""
+"""Softmax and per-query decodes in C++ and in NumPy: the bits of the plain form, at every level of instructions."""
 
 import math
 import os
@@ -12,10 +12,10 @@ import torch
 
 from detpost import DecodeSpec
 from detpost.kernels.cpu import decode as native
-from detpost.kernels.cpu import library
+from detpost.kernels.cpu import library, numpy_decode
 from detpost.reference.decode import decode as reference_decode
 
-pytestmark = pytest.mark.skipif(library.missing() is not None, reason=f"the C++ kernels are {library.missing()}")
+NATIVE = pytest.mark.skipif(library.missing() is not None, reason=f"the C++ kernels are {library.missing()}")
 
 ODD = torch.tensor([0.0, -0.0, math.inf, -math.inf, math.nan, 1e-45, 3e38, -3e38, 1.0, 64.0, -64.0, 1 / 3])
 KINDS = {
@@ -65,7 +65,7 @@ def assert_same_bits(found, expected, case):
             assert torch.equal(got.isnan(), want.isnan()), (case, name)
 
 
-def compare(seed, count):
+def compare(seed, count, decode=native.decode):
     """Compare ``count`` decodes of each kind of logits with the plain form; the subprocesses below run it too."""
     torch.manual_seed(seed)
     chance = random.Random(seed)
@@ -73,7 +73,7 @@ def compare(seed, count):
         for _ in range(count):
             spec, given = a_spec(chance), a_batch(chance, kind)
             case = (kind, spec, given[0].shape, given[0].dtype)
-            assert_same_bits(native.decode(*given, spec), reference_decode(*given, spec), case)
+            assert_same_bits(decode(*given, spec), reference_decode(*given, spec), case)
 
 
 def every_pair_of_entries():
@@ -84,17 +84,30 @@ def every_pair_of_entries():
     return torch.stack((torch.zeros_like(gaps), -gaps), dim=-1).unsqueeze(0)
 
 
-def compare_every_pair_of_entries():
+def compare_every_pair_of_entries(decode=native.decode):
     logits = every_pair_of_entries()
     boxes = torch.zeros(1, logits.shape[1], 4)
     spec = DecodeSpec(activation="softmax", top_k=logits.shape[1] * 2)
-    assert_same_bits(native.decode(logits, boxes, None, spec), reference_decode(logits, boxes, None, spec), "pairs")
+    assert_same_bits(decode(logits, boxes, None, spec), reference_decode(logits, boxes, None, spec), "pairs")
 
 
+@NATIVE
 def test_any_decode_is_the_plain_one_to_the_bit():
     compare(seed=0, count=40)
 
 
+def test_any_decode_in_numpy_is_the_plain_one_to_the_bit():
+    compare(seed=0, count=40, decode=numpy_decode.decode)
+    compare_every_pair_of_entries(numpy_decode.decode)
+
+
+@pytest.mark.parametrize("preset", ["detr", "owlvit", "rtdetr"])
+def test_what_is_usual_is_decoded_in_numpy_and_not_left_to_pytorch(preset):
+    given = torch.randn(2, 100, 92), torch.rand(2, 100, 4), torch.full((2, 2), 100)
+    assert numpy_decode._decode(*given, DecodeSpec.preset(preset)) is not None
+
+
+@NATIVE
 @pytest.mark.parametrize("level", ["baseline", "avx2", ""])
 def test_every_level_of_instructions_gives_the_bits_of_the_plain_form(level):
     code = (
@@ -114,6 +127,7 @@ def test_every_level_of_instructions_gives_the_bits_of_the_plain_form(level):
     assert done.returncode == 0, done.stderr[-600:]
 
 
+@NATIVE
 def test_one_thread_and_several_give_the_same_bits():
     torch.manual_seed(2)
     given = torch.randn(8, 300, 92), torch.rand(8, 300, 4), torch.randint(1, 999, (8, 2))
