@@ -118,7 +118,7 @@ class Cold:
 
 
 def cold(size: Size, device: str) -> dict[str, Case]:
-    """One image called in a loop, and right after other work."""
+    """Give one image called in a loop, and right after other work."""
     logits, boxes, sizes = raw = raw_outputs(size, device)
     post = DetectionPostProcessor.from_preset("rtdetr", top_k=KEPT)
     own = no_grad(lambda i: post(logits[i], boxes[i], sizes))
@@ -130,7 +130,7 @@ def cold(size: Size, device: str) -> dict[str, Case]:
 
 
 def trade_off(size: Size, device: str) -> dict[str, Case]:
-    """The same decode written in place, out of place, and out of place and compiled."""
+    """Give the same decode written in place, out of place, and out of place and compiled."""
     logits, boxes, sizes = raw_outputs(size, device)
     post = DetectionPostProcessor.from_preset("rtdetr", top_k=KEPT)
     compiled = torch.compile(DetectionPostProcessor.from_preset("rtdetr", top_k=KEPT), fullgraph=True)

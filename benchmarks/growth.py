@@ -31,7 +31,7 @@ _PEER = {"HausdorffDTLoss": ("monai", "scipy"), "HausdorffERLoss": ("kornia",)}
 
 
 def _scene(sides: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Probabilities (1, 2, ...) and class ids (1, 1, ...): a ball that the prediction has moved and roughened."""
+    """Give probabilities (1, 2, ...) and class ids (1, 1, ...): a ball that the prediction has moved and roughened."""
     axes = [torch.linspace(-1, 1, side) for side in sides]
     grid = torch.meshgrid(*axes, indexing="ij")
     radius = torch.stack([axis.square() for axis in grid]).sum(0).sqrt()

@@ -31,7 +31,7 @@ ROTATED = 8  # inputs that take turns, so that no branch predictor or cache lear
 
 
 def is_installed(*names: str) -> bool:
-    """Whether all of these modules can be imported."""
+    """Tell whether all of these modules can be imported."""
     try:
         return all(importlib.util.find_spec(name) is not None for name in names)
     except ModuleNotFoundError:  # of a parent package

@@ -16,7 +16,7 @@ def _class_inputs(shape: Size, device: str) -> tuple[list[Tensor], list[Tensor]]
 
 
 def erosions(shape: Size, device: str) -> dict[str, Case]:
-    """The erosion loss beside kornia's."""
+    """Give the erosion loss beside kornia's."""
     import detpost.losses
 
     name = "HausdorffERLoss" if len(shape) == 4 else "HausdorffERLoss3D"
@@ -31,7 +31,7 @@ def erosions(shape: Size, device: str) -> dict[str, Case]:
 
 
 def distances(shape: Size, device: str) -> dict[str, Case]:
-    """The distance-transform loss beside MONAI's."""
+    """Give the distance-transform loss beside MONAI's."""
     import detpost.losses
 
     inputs = [blobs(shape, seed, device) for seed in range(ROTATED)]
@@ -46,7 +46,7 @@ def distances(shape: Size, device: str) -> dict[str, Case]:
 
 
 def transforms(shape: Size, device: str) -> dict[str, Case]:
-    """The exact Euclidean distance transform beside scipy's."""
+    """Give the exact Euclidean distance transform beside scipy's."""
     from detpost.losses import distance_transform_edt
 
     masks = [blobs((1, 1, *shape), seed, device) > 0.4 for seed in range(ROTATED)]
@@ -61,7 +61,7 @@ def transforms(shape: Size, device: str) -> dict[str, Case]:
 
 
 def transforms_of_noise(shape: Size, device: str) -> dict[str, Case]:
-    """The same on noise, whose nearest zeros are all at hand: what suits scipy best."""
+    """Give the same on noise, whose nearest zeros are all at hand: what suits scipy best."""
     from detpost.losses import distance_transform_edt
 
     masks = [
@@ -78,7 +78,7 @@ def transforms_of_noise(shape: Size, device: str) -> dict[str, Case]:
 
 
 def trade_off(shape: Size, device: str) -> dict[str, Case]:
-    """The erosion loss written in place, out of place, and out of place and compiled.
+    """Give the erosion loss written in place, out of place, and out of place and compiled.
 
     The one in place is run forward alone: it writes over what its own backward needs.
     """

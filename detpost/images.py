@@ -182,7 +182,7 @@ def _interpolate(image: Tensor, height: int, width: int) -> Tensor:
 
 
 def _resizes_bytes() -> bool:
-    """Whether torchvision resizes uint8 as it is on this processor, rounding between the two directions."""
+    """Tell whether torchvision resizes uint8 as it is on this processor, rounding between the two directions."""
     return torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512") or platform.machine() in ("aarch64", "arm64")
 
 

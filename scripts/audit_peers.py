@@ -89,7 +89,7 @@ def audited(library: str, name: str, make: Callable[[], tuple[Any, tuple[Any, ..
 
 
 def first_home(modules: tuple[str, ...], name: str) -> Any:
-    """A class from the first of several modules that has it: libraries move them between releases."""
+    """Give a class from the first of several modules that has it: libraries move them between releases."""
     for module in modules:
         try:
             return getattr(importlib.import_module(module), name)
@@ -155,7 +155,7 @@ def monai_rows() -> Iterator[Row]:
 
 
 def reference_rows() -> Iterator[Row]:
-    """The in-place references: every function of tests/reference whose name ends in an underscore."""
+    """Give the in-place references: every function of tests/reference whose name ends in an underscore."""
     logits, boxes, sizes = detections()
     known: dict[str, tuple[Any, ...]] = {
         "decode_": (logits, boxes, sizes, 20, 0.3),
@@ -205,7 +205,7 @@ def detpost_rows() -> Iterator[Row]:
 
 
 def cells(report: PurityReport) -> list[str]:
-    """One row of the table: numbers of distinct lines, and what the stages say."""
+    """Give one row of the table: numbers of distinct lines, and what the stages say."""
 
     def lines(*rules: str, note: bool = False) -> str:
         found = {(f.file, f.line) for f in report.findings if f.rule in rules and (f.severity == "note") == note}

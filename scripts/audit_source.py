@@ -96,7 +96,7 @@ class Audit:
 
 
 def folder(package: str) -> Path:
-    """The folder of an installed package, which is not imported."""
+    """Give the folder of an installed package, which is not imported."""
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
         raise ImportError(f"{package} is not installed")

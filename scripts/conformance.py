@@ -61,7 +61,7 @@ def tensors(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def padded(found: Sequence[Mapping[str, Tensor]], slots: int) -> dict[str, np.ndarray]:
-    """Lists of one dict an image, as rows of slots."""
+    """List of one dict an image, as rows of slots."""
     given = {
         "labels": np.full((len(found), slots), -1),
         "boxes": np.zeros((len(found), slots, 4)),
@@ -164,7 +164,7 @@ def with_rfdetr() -> Run:
 
 
 def plain(inputs: Inputs) -> dict[str, Tensor]:
-    """The decode that everyone writes: sigmoid, topk, gather."""
+    """Give the decode that everyone writes: sigmoid, topk, gather."""
     spec, (logits, boxes, sizes) = spec_of(inputs), tensors(inputs)
     scores, flat = logits.float().sigmoid().flatten(1).topk(slots_of(inputs))
     center, size = boxes.gather(1, (flat // logits.shape[2])[..., None].expand(-1, -1, 4)).split(2, dim=-1)

@@ -83,7 +83,7 @@ EVALUATION = Recipe()
 
 @functools.cache
 def split_digits() -> tuple[Digits, Digits]:
-    """Splits the scans into train and test digits, stratified, always the same way."""
+    """Split the scans into train and test digits, stratified, always the same way."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -98,14 +98,14 @@ def split_digits() -> tuple[Digits, Digits]:
 
 @functools.cache
 def photographs() -> tuple[Image.Image, ...]:
-    """The two photographs that scikit-learn ships, 640x427."""
+    """Give the two photographs that scikit-learn ships, 640x427."""
     from sklearn.datasets import load_sample_images
 
     return tuple(Image.fromarray(np.ascontiguousarray(image)) for image in load_sample_images().images)
 
 
 def _background(rng: np.random.Generator, width: int, height: int, plain: float) -> np.ndarray:
-    """A photograph's crop of random scale, flipped and re-lit at random: (height, width, 3) float32 in 0..255."""
+    """Give a photograph's crop of random scale, flipped and re-lit at random: (height, width, 3) float32 in 0..255."""
     if rng.random() < plain:
         flat = np.broadcast_to(rng.uniform(0, 255, 3).astype(np.float32), (height, width, 3))
         slope = np.linspace(-1, 1, width, dtype=np.float32)[None, :, None] * rng.uniform(-40, 40)
@@ -155,7 +155,7 @@ def _render(rng: np.random.Generator, digit: np.ndarray, height: int, width: int
 
 
 def _ink_box(coverage: np.ndarray) -> tuple[int, int, int, int] | None:
-    """The tight xyxy box of what is visible in a coverage map; None where nothing is."""
+    """Give the tight xyxy box of what is visible in a coverage map; None where nothing is."""
     rows, columns = np.flatnonzero((coverage > VISIBLE).any(1)), np.flatnonzero((coverage > VISIBLE).any(0))
     if not len(rows):
         return None
@@ -163,7 +163,7 @@ def _ink_box(coverage: np.ndarray) -> tuple[int, int, int, int] | None:
 
 
 def _contrasting(rng: np.random.Generator, against: np.ndarray) -> np.ndarray:
-    """A random colour that a person can tell from `against`; now and then a hard one."""
+    """Give a random colour that a person can tell from `against`; now and then a hard one."""
     wanted = 35.0 if rng.random() < 0.12 else 70.0
     weights = np.array([0.299, 0.587, 0.114])
     colour = rng.uniform(0, 255, 3)
@@ -226,7 +226,7 @@ def _paste(rng: np.random.Generator, canvas: np.ndarray, coverage: np.ndarray, l
 
 
 def _wear(rng: np.random.Generator, canvas: np.ndarray) -> np.ndarray:
-    """A camera's faults, mild and only sometimes: blur, noise, JPEG. Returns uint8."""
+    """Give a camera's faults, mild and only sometimes: blur, noise, JPEG. Returns uint8."""
     if rng.random() < 0.2:
         canvas = canvas + rng.uniform(2, 9) * rng.standard_normal(canvas.shape, dtype=np.float32)
     pixels = np.clip(canvas + 0.5, 0, 255).astype(np.uint8)
@@ -240,7 +240,7 @@ def _wear(rng: np.random.Generator, canvas: np.ndarray) -> np.ndarray:
 
 
 def _overlaps(box: list[int], others: list[list[int]]) -> bool:
-    """Whether a box covers more than a tenth of another, or is covered so by one."""
+    """Tell whether a box covers more than a tenth of another, or is covered so by one."""
     area = (box[2] - box[0]) * (box[3] - box[1])
     for other in others:
         across = min(box[2], other[2]) - max(box[0], other[0])
@@ -307,7 +307,7 @@ def compose(
 
 
 def random_size(rng: np.random.Generator) -> tuple[int, int]:
-    """A scene's (height, width): mostly 128x128, otherwise some other size and shape, down to 96 and up to 320."""
+    """Give a scene's (height, width): mostly 128x128, otherwise some other size and shape, down to 96 and up to 320."""
     if rng.random() < 0.6:
         return 128, 128
     area, aspect = np.exp(rng.uniform(np.log(112), np.log(256))), np.exp(rng.uniform(-0.4, 0.4))
@@ -316,7 +316,7 @@ def random_size(rng: np.random.Generator) -> tuple[int, int]:
 
 
 def coco_ground_truth(scenes: list[Scene], names: list[str] | None = None) -> dict[str, Any]:
-    """The scenes' boxes as a COCO dataset, images numbered from 1 and categories named by their digit."""
+    """Give the scenes' boxes as a COCO dataset, images numbered from 1 and categories named by their digit."""
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     names = names or [f"{number:04d}.png" for number in range(1, len(scenes) + 1)]

@@ -32,7 +32,7 @@ def _walk(item: griffe.Object) -> None:
 
 
 def _link(item: griffe.Object, name: str) -> str:
-    """A link where the site has a place for the name, else the name alone."""
+    """Give a link where the site has a place for the name, else the name alone."""
     # Without backticks: griffe takes a docstring's Markdown as it is, and a code span would show the tag.
     return f'<autoref optional identifier="{_resolve(item, name)}"><code>{name}</code></autoref>'
 

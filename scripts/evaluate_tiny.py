@@ -35,7 +35,7 @@ app = typer.Typer(add_completion=False)
 
 @torch.no_grad()
 def detect(model_directory: Path, images: list[np.ndarray], batch: int, device: str) -> list[dict[str, Any]]:
-    """Runs the detector over RGB images: COCO results, the images numbered from 1."""
+    """Run the detector over RGB images: COCO results, the images numbered from 1."""
     from transformers import RTDetrImageProcessor, RTDetrV2ForObjectDetection
 
     model = RTDetrV2ForObjectDetection.from_pretrained(model_directory, dtype=torch.float32).to(device).eval()
@@ -104,7 +104,7 @@ def main(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cuda" if torch.cuda.is_available() else "cpu",
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the measures here.")] = None,
 ) -> None:
-    """Prints AP, AP50, AP75, AR100, and recall and precision at IoU 0.5 above score 0.5."""
+    """Print AP, AP50, AP75, AR100, and recall and precision at IoU 0.5 above score 0.5."""
     digits, rng = digit_scenes.split_digits()[1], np.random.default_rng(seed)
     scenes = []
     for _ in track(range(images), description="composing"):

@@ -30,7 +30,7 @@ app = typer.Typer(add_completion=False)
 
 @app.command()
 def main(out: Annotated[Path, typer.Option(help="Directory to write.")]) -> None:
-    """Writes the PNGs and ground_truth.json."""
+    """Write the PNGs and ground_truth.json."""
     out.mkdir(parents=True, exist_ok=True)
     digits = digit_scenes.split_digits()[1]
     scenes = []

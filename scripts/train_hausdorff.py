@@ -212,7 +212,7 @@ def crops(image: Tensor, mask: Tensor, count: int, side: int, generator: torch.G
 
 
 def dice_loss(probability: Tensor, target: Tensor) -> Tensor:
-    """One minus soft Dice of the foreground over the batch."""
+    """Give one minus soft Dice of the foreground over the batch."""
     foreground, truth = probability[:, 1], target[:, 0].to(probability.dtype)
     return 1 - (2 * (foreground * truth).sum() + 1) / (foreground.sum() + truth.sum() + 1)
 
@@ -348,7 +348,7 @@ def _side_by_side(images: Tensor) -> Tensor:
 
 
 def table_of(title: str, runs: dict[str, list[dict[str, Any]]]) -> Table:
-    """Mean and standard deviation over the seeds after the last step."""
+    """Give mean and standard deviation over the seeds after the last step."""
     columns = ("loss", "Dice", "HD95", "ASSD", "surface Dice at 1", "tiles without a distance")
     table = Table(*columns, title=f"held-out {title}, distances in elements")
     for name, results in runs.items():

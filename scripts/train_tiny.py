@@ -67,7 +67,7 @@ def collate(samples: list[tuple[Tensor, dict[str, Tensor]]]) -> tuple[Tensor, li
 
 
 def build_model(class_weight: float = 1.0) -> nn.Module:
-    """The tiny RT-DETRv2 with fresh weights."""
+    """Give the tiny RT-DETRv2 with fresh weights."""
     from transformers import RTDetrResNetConfig, RTDetrV2Config, RTDetrV2ForObjectDetection
 
     backbone = RTDetrResNetConfig(
@@ -106,7 +106,7 @@ def build_model(class_weight: float = 1.0) -> nn.Module:
 
 @torch.no_grad()
 def fresh_start(model: nn.Module) -> None:
-    """Starts the weights where training from nothing goes well.
+    """Start the weights where training from nothing goes well.
 
     transformers starts batch norms and linear layers near zero (standard deviation 0.01), which suits loading a
     checkpoint over them but leaves a network that learns from nothing silent for its first thousand steps.
@@ -137,7 +137,7 @@ class Average:
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """Moves the average a little towards the model."""
+        """Move the average a little towards the model."""
         self.updates += 1
         # Short memory at first, so that the average does not carry the random start along.
         decay = min(self.decay, self.updates / (self.updates + 10))
@@ -150,7 +150,7 @@ class Average:
 
 
 def save(model: nn.Module, directory: Path) -> None:
-    """Writes the directory that `from_pretrained` reads; each file is renamed into place only when it is whole."""
+    """Write the directory that `from_pretrained` reads; each file is renamed into place only when it is whole."""
     from transformers import RTDetrImageProcessor
     from transformers.utils import logging
 
@@ -206,13 +206,13 @@ class Plan:
 
 
 def my_scenes(plan: Plan, rank: int) -> list[int]:
-    """The numbers of the scenes that one process sees: its part of each step's batch, step after step."""
+    """Give the numbers of the scenes that one process sees: its part of each step's batch, step after step."""
     numbers = np.arange(plan.steps * plan.batch).reshape(plan.steps, plan.processes, -1)
     return numbers[:, rank].flatten().tolist()
 
 
 def average_gradients(model: nn.Module, processes: int) -> None:
-    """Makes every process's gradients their mean, in one exchange."""
+    """Make every process's gradients their mean, in one exchange."""
     # A batch without a digit leaves the denoising embedding without a gradient; the exchange needs all of them.
     gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in model.parameters()]
     flat = torch.cat([gradient.flatten() for gradient in gradients])

@@ -76,7 +76,7 @@ def _table(g: Graph, stretch: float) -> Value:
 
 
 def _total(g: Graph, scaled: Value, classes: int, fast: bool) -> Value:
-    """Sum over the classes in limbs, each of which is exact in any order; weights and sum times 2**bits."""
+    """Give sum over the classes in limbs, each of which is exact in any order; weights and sum times 2**bits."""
     bits, count = softmax.limbs(classes)
     sums: list[Value] = []
     for place in range(count):

@@ -56,7 +56,7 @@ class HausdorffTerm(nn.Module):
         return total
 
     def _aligned(self, logits: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
-        """Probabilities and target of one shape, both 0 where elements are ignored: there is no error then."""
+        """Give the probabilities and target of one shape, both 0 where elements are ignored: there is no error then."""
         if self.regions:
             counted = 1 - truth[:, -1:].float() if self.ignore_label is not None else torch.ones_like(logits[:, :1])
             regions = truth[:, :-1] if self.ignore_label is not None else truth

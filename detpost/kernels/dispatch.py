@@ -15,10 +15,6 @@ ways of its own (``torch.func``, forward mode) gets forms that it can look into.
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-import os
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -33,10 +29,19 @@ from detpost.kernels.aten import selection as aten_selection
 from detpost.kernels.cpu import decode as native_decode
 from detpost.kernels.cpu import erosion as native_erosion
 from detpost.kernels.cpu import fusion as native_fusion
-from detpost.kernels.cpu import library, numpy_decode
 from detpost.kernels.cpu import losses as native_losses
 from detpost.kernels.cpu import nms as native_nms
+from detpost.kernels.cpu import numpy_decode
 from detpost.kernels.cpu import selection as native_selection
+from detpost.kernels.serving import (
+    KERNELS,
+    constant_kernel_for,
+    is_exporting,
+    kernel_for,
+    may_serve,
+    tried,
+    writes_graph,
+)
 from detpost.kernels.triton import doors
 from detpost.reference import decode as reference_decode
 from detpost.reference import distance as reference_distance
@@ -67,8 +72,6 @@ __all__ = [
     "writes_graph",
 ]
 
-KERNELS = ("native", "numpy", "triton", "aten")
-_VARIABLE = "DETPOST_KERNEL"
 # Names beside KERNELS that nobody can force: what writes a graph, and what takes derivatives in a way of its own, takes
 # forms of these names.
 _GRAPH, _TRANSFORM = "graph", "transform"
@@ -275,7 +278,7 @@ def _form(computation: str, first: Tensor, *arguments: Any) -> Callable[..., Any
             continue
         if not form.takes(*arguments):
             continue
-        if form.trial is not None and not _may_serve(first.device, compiling, *form.trial(*arguments)):
+        if form.trial is not None and not may_serve(first.device, compiling, *form.trial(*arguments)):
             continue
         if form.run is form.watched or not (compiling or _is_watched(arguments)):
             return form.run
@@ -285,7 +288,7 @@ def _form(computation: str, first: Tensor, *arguments: Any) -> Callable[..., Any
 
 
 def _is_watched(arguments: tuple[Any, ...]) -> bool:
-    """Whether someone watches which operators run: a tracer, a checker, a tensor of another kind."""
+    """Tell whether someone watches which operators run: a tracer, a checker, a tensor of another kind."""
     if torch._C._len_torch_dispatch_stack() > 0:
         return True
     return any([type(value) is not Tensor and isinstance(value, Tensor) for value in arguments])
@@ -294,11 +297,11 @@ def _is_watched(arguments: tuple[Any, ...]) -> bool:
 def _serving(device: torch.device, compiling: bool, differentiated: bool) -> str:
     """Name what serves tensors on a device, as seen from where it is asked: a key of ``_ASKED``."""
     if compiling:  # looked up once, without following the environment and the file system
-        if _is_exporting():
+        if is_exporting():
             return _GRAPH
         if differentiated and (is_in_transform() or torch.autograd.forward_ad._current_level >= 0):
             return _TRANSFORM
-        constant: str = _constant_kernel_for(device.type)
+        constant: str = constant_kernel_for(device.type)
         return constant
     if torch._C._is_tracing():  # TorchScript, and the older ONNX exporter
         return _GRAPH
@@ -310,119 +313,6 @@ def _serving(device: torch.device, compiling: bool, differentiated: bool) -> str
     if device.type == "cuda" and device.index not in (None, torch.cuda.current_device()):
         return "aten"  # Triton launches on the current GPU
     return kernel_for(device.type)
-
-
-def _is_exporting() -> bool:
-    """Whether ``torch.export`` is at work.
-
-    By the flag: ``torch.compiler.is_exporting()`` is always true inside ``torch.compile`` of PyTorch 2.11.
-    """
-    return bool(torch.compiler._is_exporting_flag)
-
-
-def writes_graph() -> bool:
-    """Whether a graph is being written for another runtime, which has plain operators only."""
-    if torch.compiler.is_compiling():  # asked first: not every Dynamo can follow the question below
-        return _is_exporting()
-    return torch._C._is_tracing()
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _constant_kernel_for(device: str) -> str:
-    return kernel_for(device)
-
-
-def kernel_for(device: str) -> str:
-    """Name the kernel that serves a type of device.
-
-    Args:
-        device: ``"cpu"``, ``"cuda"`` or another type of device.
-
-    Returns:
-        One of ``KERNELS``; ``triton`` serves where its trial passes (:func:`tried`).
-
-    Raises:
-        ValueError: ``DETPOST_KERNEL`` holds something else.
-        RuntimeError: the kernel that it forces is not there.
-
-    Example:
-        >>> kernel_for("mps")
-        'aten'
-    """
-    return _kernel_for(os.environ.get(_VARIABLE, ""), device)
-
-
-@functools.cache
-def _kernel_for(forced: str, device: str) -> str:
-    if forced and forced not in KERNELS:
-        raise ValueError(f"{_VARIABLE} must be one of {', '.join(KERNELS)}; got {forced!r}")
-    if forced == "native" and (reason := library.missing()) is not None:
-        raise RuntimeError(f"{_VARIABLE}=native, but detpost's C++ kernels are {reason}")
-    if forced == "triton" and importlib.util.find_spec("triton") is None:
-        raise RuntimeError(f"{_VARIABLE}=triton, but Triton is not installed: pip install triton")
-    if device == "cpu":
-        if forced == "triton":
-            return "triton" if os.environ.get("TRITON_INTERPRET") == "1" else "aten"
-        return forced or ("native" if library.missing() is None else "numpy")
-    if device == "cuda" and forced == "":
-        return "triton" if importlib.util.find_spec("triton") is not None else "aten"
-    return "triton" if device == "cuda" and forced == "triton" else "aten"
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The trial of the Triton kernels
-# ----------------------------------------------------------------------------------------------------------------------
-
-# What was tried in this process, and what was wrong: the device's type, the name of the trial, its arguments.
-_TRIED: dict[tuple[Any, ...], str | None] = {}
-
-
-def tried(device: str, trial: str, *arguments: Any) -> str | None:
-    """Try the Triton kernels, once in a process.
-
-    Args:
-        device: ``"cuda"``, or ``"cpu"`` under ``TRITON_INTERPRET=1``.
-        trial: name of a function of :mod:`detpost.kernels.triton.trial`.
-        arguments: of that function, after the device.
-
-    Returns:
-        In one line, what did not agree or did not run; ``None`` where all is well.
-    """
-    key = (device, trial, *arguments)
-    if key not in _TRIED:
-        from torch.utils._python_dispatch import _disable_current_modes
-
-        from detpost.kernels.triton import trial as trials
-
-        with _disable_current_modes():  # real tensors, whatever the caller traces
-            _TRIED[key] = getattr(trials, trial)(device, *arguments)
-    return _TRIED[key]
-
-
-def _may_serve(device: torch.device, compiling: bool, *trial: Any) -> bool:
-    """Whether a Triton kernel may run here: tried on what it is about to run on, or forced."""
-    if compiling:
-        constant: bool = _constant_may_serve(device.type, *trial)
-        return constant
-    if os.environ.get(_VARIABLE) == "triton":
-        return True
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing() and (device.type, *trial) not in _TRIED:
-        return False  # while a CUDA graph is captured nothing can be tried
-    return _passes(device.type, *trial)
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _constant_may_serve(device: str, *trial: Any) -> bool:
-    return os.environ.get(_VARIABLE) == "triton" or _passes(device, *trial)
-
-
-def _passes(device: str, *trial: Any) -> bool:
-    """Whether a trial passes; say so, once, where it does not."""
-    is_new = (device, *trial) not in _TRIED
-    reason = tried(device, *trial)
-    if is_new and reason is not None:
-        warnings.warn(f"detpost computes without its Triton kernels: {reason}", stacklevel=2)
-    return reason is None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -571,7 +461,7 @@ def erosion(
 
 
 def squared_distance(inside: Tensor, spacing: tuple[float, ...]) -> tuple[Tensor, float]:
-    """Squared distance to the nearest False, in the returned unit; infinite throughout a field without any False.
+    """Give the squared distance to the nearest False, in the returned unit; infinite in a field without any False.
 
     Args:
         inside: (B, C, *spatial) boolean.
@@ -585,7 +475,7 @@ def squared_distance(inside: Tensor, spacing: tuple[float, ...]) -> tuple[Tensor
 
 
 def boundary_distance(field: Tensor, spacing: tuple[float, ...]) -> tuple[Tensor, float]:
-    """Squared distance to the nearest element on the other side of 0.5, in the returned unit; 0 where there is none.
+    """Give the squared distance to the nearest element across 0.5, in the returned unit; 0 where there is none.
 
     Args:
         field: (B, C, *spatial), floating.
@@ -599,7 +489,7 @@ def boundary_distance(field: Tensor, spacing: tuple[float, ...]) -> tuple[Tensor
 
 
 def weighted_error(values: Tensor, truth: Tensor, spacing: tuple[float, ...], alpha: float, sigmoid: bool) -> Tensor:
-    """Mean over each field of the squared error, weighted with the distances to both boundaries.
+    """Give the mean over each field of the squared error, weighted with the distances to both boundaries.
 
     Args:
         values: (B, C, *spatial), float32 or float64: probabilities, or logits with ``sigmoid``.

@@ -30,7 +30,7 @@ def check_input(input: Tensor) -> None:
 
 
 def activate(input: Tensor, sigmoid: bool, softmax: bool, other_act: Callable[[Tensor], Tensor] | None) -> Tensor:
-    """Probabilities in float32 or float64."""
+    """Give the probabilities in float32 or float64."""
     values = input if input.dtype in (torch.float32, torch.float64) else input.float()
     if sigmoid:
         return torch.sigmoid(values)
@@ -71,7 +71,7 @@ def pair(values: Tensor, target: Tensor, to_onehot_y: bool, include_background: 
 
 
 def _one_hot(target: Tensor, values: Tensor) -> Tensor:
-    """One channel per class from class ids (B, 1, ...)."""
+    """Give one channel per class from class ids (B, 1, ...)."""
     _check_target(target)
     classes = values.shape[1]
     if classes == 1:

@@ -25,7 +25,7 @@ def boundary_loss(
     spacing: Spacing | None = None,
     idc: Sequence[int] | None = None,
 ) -> Tensor:
-    """Mean of the probabilities, each weighted with its signed distance to the target's boundary.
+    """Give the mean of the probabilities, each weighted with its signed distance to the target's boundary.
 
     Kervadec, Bouchtiba, Desrosiers, Granger, Dolz and Ben Ayed, "Boundary loss for highly unbalanced segmentation"
     (2019), equation 5. The weight is the authors' map: d outside the target and 1 - d inside, d the distance to

@@ -66,14 +66,14 @@ def distance_transform_edt(mask: Tensor | NDArray[Any], spacing: Spacing | None 
 
 
 def _distance(inside: Tensor, spacing: tuple[float, ...]) -> Tensor:
-    """Distance to the nearest False; where a field has none, to the virtual one."""
+    """Give the distance to the nearest False; where a field has none, to the virtual one."""
     squared, unit = squared_distance(inside, spacing)
     squared = torch.where(torch.isinf(squared), _squared_distance_to_virtual_zero(squared, spacing, unit), squared)
     return squared.sqrt() * unit
 
 
 def _squared_distance_to_virtual_zero(like: Tensor, spacing: tuple[float, ...], unit: float) -> Tensor:
-    """Squared distance to index (-1, 0, ...), as a (*spatial) tensor in the given unit."""
+    """Give the squared distance to index (-1, 0, ...), as a (*spatial) tensor in the given unit."""
     total = torch.zeros((), dtype=torch.float32, device=like.device)
     for axis, length in enumerate(spacing):
         index = torch.arange(like.shape[2 + axis], dtype=torch.float32, device=like.device) + int(axis == 0)

@@ -27,7 +27,7 @@ def generalized_surface_loss(
     spacing: Spacing | None = None,
     distances: Tensor | None = None,
 ) -> Tensor:
-    """One minus the share of the squared distances to the target's surface that a prediction keeps.
+    """Give one minus the share of the squared distances to the target's surface that a prediction keeps.
 
     Celaya, Riviere and Fuentes, "A generalized surface loss for reducing the Hausdorff distance in medical imaging
     segmentation" (arXiv 2302.03868). For each image

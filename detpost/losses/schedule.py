@@ -121,7 +121,7 @@ class HausdorffSchedule(nn.Module):
 
 
 def _over_processes(sums: Tensor) -> Tensor:
-    """Sum over the processes of the default group, where there is one."""
+    """Give sum over the processes of the default group, where there is one."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return sums
     parts = [torch.empty_like(sums) for _ in range(torch.distributed.get_world_size())]

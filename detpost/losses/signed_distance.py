@@ -80,7 +80,7 @@ def kervadec_map(inside: Tensor, spacing: tuple[float, ...]) -> Tensor:
 
 
 def squared_surface_map(inside: Tensor, spacing: tuple[float, ...]) -> Tensor:
-    """Squared distance to the mask's surface: its elements with another outside among their 3^d - 1 neighbours.
+    """Give the squared distance to the mask's surface: those elements with one outside among their 3^d - 1 neighbours.
 
     These are the distances of ITK's signed Maurer filter, which Celaya et al. use, squared. An empty mask has the
     image's diagonal throughout, as in their code; so has a full one, for which that filter has no answer.
@@ -98,14 +98,14 @@ def squared_surface_map(inside: Tensor, spacing: tuple[float, ...]) -> Tensor:
 
 
 def _signed(inside: Tensor, spacing: tuple[float, ...]) -> Tensor:
-    """Distance to the other side, negative inside."""
+    """Give the distance to the other side, negative inside."""
     squared, unit = boundary_distance(inside.to(torch.float32), spacing)
     distance = squared.sqrt() * unit
     return torch.where(inside, -distance, distance)
 
 
 def _surface(inside: Tensor) -> Tensor:
-    """Elements of the mask with an element outside it beside them, diagonally too; the image's edge is no outside."""
+    """Give the mask's elements that have one outside it beside them, diagonally too; the image's edge is no outside."""
     outside = (~inside).to(torch.float32)
     pool = F.max_pool2d if inside.dim() == 4 else F.max_pool3d
     return inside & (pool(outside, 3, stride=1, padding=1) > 0)

@@ -54,7 +54,7 @@ def _sizes(spacing: tuple[float, ...]) -> Tensor:
 
 
 def _normals_of_patterns(axes: int) -> list[list[_Normal]]:
-    """Normals of the pieces for each pattern, filled up with zeros to the same number."""
+    """Give the normals of the pieces for each pattern, filled up with zeros to the same number."""
     places = list(itertools.product((0, 1), repeat=axes))
     # The first place has the highest bit, as the numbers above are put together.
     weights = {place: 1 << (len(places) - 1 - order) for order, place in enumerate(places)}
@@ -84,7 +84,7 @@ def _apart(one: _Place, other: _Place) -> int:
 
 
 def _pieces(group: list[_Place], axes: int) -> list[_Normal]:
-    """Normals of the polygon around one group; signs do not count."""
+    """Give the normals of the polygon around one group; signs do not count."""
     varied = [axis for axis in range(axes) if len({place[axis] for place in group}) == 2]
     if axes == 2:
         # A corner is cut by the middles of two edges, a pair is passed along.

@@ -91,7 +91,7 @@ def _by_field(
 
 
 def _may_look_at_values(mask: Tensor) -> bool:
-    """Whether shapes may depend on values: eagerly on a CPU, where nothing waits for a device and nobody traces."""
+    """Tell whether shapes may depend on values: eagerly on a CPU, where nothing waits for it and nobody traces."""
     watched = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or type(mask) is not Tensor
     return mask.device.type == "cpu" and not watched and not writes_graph() and mask.numel() > 0
 
@@ -145,7 +145,7 @@ def _distance_to(goal: Tensor, spacing: tuple[float, ...]) -> Tensor:
 
 
 def boundary(inside: Tensor) -> Tensor:
-    """Elements of the mask with a direct neighbour outside it; beyond the image is outside."""
+    """Give the elements of the mask with a direct neighbour outside it; beyond the image is outside."""
     padded = F.pad(inside, (1, 1) * (inside.dim() - 2))
     interior = inside
     for axis in range(2, inside.dim()):

@@ -68,6 +68,6 @@ def average_surface_distance(
 
 
 def _sums(surface: Surface) -> tuple[Tensor, Tensor]:
-    """Sum of the distances, weighted with the sizes, and of the sizes: (B, C) each."""
+    """Give sum of the distances, weighted with the sizes, and of the sizes: (B, C) each."""
     weighted = torch.where(surface.chosen, surface.distance * surface.size, 0.0)
     return weighted.sum(2), surface.size.sum(2)

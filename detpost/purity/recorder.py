@@ -418,7 +418,7 @@ def _has_mask(arguments: tuple[Any, ...]) -> bool:
 
 
 def _said(name: str) -> str:
-    """How a reader knows a call: ``float(t)`` rather than ``__float__``."""
+    """Say how a reader knows a call: ``float(t)`` rather than ``__float__``."""
     if name.startswith("aten."):
         return name
     plain = name.strip("_")

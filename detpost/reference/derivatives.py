@@ -10,7 +10,7 @@ __all__ = ["is_in_transform", "wants_derivative"]
 
 
 def wants_derivative(*values: Tensor | None) -> bool:
-    """Whether one of the tensors is followed by autograd: backwards, by a forward-mode tangent, or by ``torch.func``.
+    """Tell whether autograd follows one of the tensors: backwards, by a forward-mode tangent, or by ``torch.func``.
 
     Example:
         >>> wants_derivative(torch.zeros(2)), wants_derivative(torch.zeros(2, requires_grad=True))
@@ -31,7 +31,7 @@ def _has_tangent(value: Tensor | None) -> bool:
 
 
 def is_in_transform() -> bool:
-    """Whether a transform of ``torch.func`` (grad, jvp, vmap) is at work; inside ``torch.compile`` too."""
+    """Tell whether a transform of ``torch.func`` (grad, jvp, vmap) is at work; inside ``torch.compile`` too."""
     if torch.compiler.is_compiling():
         constant: bool = _constant_is_in_transform()
         return constant

@@ -18,7 +18,7 @@ ROWS_PER_STEP = 8
 def squared_distance(
     inside: Tensor, spacing: tuple[float, ...], rows_per_step: int | None = None
 ) -> tuple[Tensor, float]:
-    """Squared distance to the nearest False, in the returned unit; infinite throughout a field without any False.
+    """Give the squared distance to the nearest False, in the returned unit; infinite in a field without any False.
 
     The unit is the largest spacing. Dividing by it keeps equal spacings on whole numbers, and extreme ones in range.
 
@@ -47,7 +47,7 @@ SquaredDistance = Callable[[Tensor, tuple[float, ...]], tuple[Tensor, float]]
 def boundary_distance(
     field: Tensor, spacing: tuple[float, ...], squared_distance: SquaredDistance = squared_distance
 ) -> tuple[Tensor, float]:
-    """Squared distance to the nearest element on the other side of 0.5, in the returned unit; 0 where there is none.
+    """Give the squared distance to the nearest element across 0.5, in the returned unit; 0 where there is none.
 
     Args:
         field: (B, C, *spatial), floating.
@@ -72,7 +72,7 @@ def weighted_error(
     sigmoid: bool,
     boundary_distance: SquaredDistance = boundary_distance,
 ) -> Tensor:
-    """Mean over each field of the squared error, weighted with the distances to both boundaries.
+    """Give the mean over each field of the squared error, weighted with the distances to both boundaries.
 
     Args:
         values: (B, C, *spatial), float32 or float64: probabilities, or logits with ``sigmoid``.
@@ -102,7 +102,7 @@ def _power(squared: Tensor, unit: float, alpha: float) -> Tensor:
 
 
 def largest_difference(values: Tensor, spacing: tuple[float, ...], alpha: float) -> float:
-    """Largest difference whose weighted square, summed over every element, stays finite; never below 1000."""
+    """Give the largest difference whose weighted square, summed over every element, stays finite; never below 1000."""
     diagonal = math.hypot(*(side * step for side, step in zip(values.shape[2:], spacing, strict=True)))
     # 2**24 stands for images times classes: their real number would tie a compiled graph to one batch size.
     elements = 8.0 * 2**24 * math.prod(values.shape[2:])
@@ -154,6 +154,6 @@ def _minimum_by_rows(values: Tensor, parabolas: Tensor, rows: int) -> Tensor:
 
 
 def _blocks(tensor: Tensor, axis: int, size: int) -> list[Tensor]:
-    """Views of ``size`` slices each along an axis, the last one shorter."""
+    """Give views of ``size`` slices each along an axis, the last one shorter."""
     length = tensor.shape[axis]
     return [tensor.narrow(axis, start, min(size, length - start)) for start in range(0, length, size)]

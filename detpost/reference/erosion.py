@@ -131,7 +131,7 @@ def difference(pred: Tensor, target: Tensor, classes: Tensor) -> Tensor:
 
 
 def stencil(field: Tensor, axes: int, start: Tensor | None = None) -> Tensor:
-    """Mean over an element and its direct neighbours, zeros beyond the border, added to ``start``.
+    """Give the mean over an element and its direct neighbours, zeros beyond the border, added to ``start``.
 
     The taps are added in memory order with one multiply-add each, as a convolution does.
     """
@@ -209,6 +209,6 @@ def _stretch_gradient(grad: Tensor, dilation: Tensor, lower: Tensor, extent: Ten
 
 
 def _mean_where(values: Tensor, chosen: Tensor, spatial: tuple[int, ...]) -> Tensor:
-    """Mean over the chosen elements of each field, 0 where none is."""
+    """Give the mean over the chosen elements of each field, 0 where none is."""
     count = chosen.to(values.dtype).sum(spatial, keepdim=True).clamp(min=1)
     return torch.where(chosen, values, 0.0).sum(spatial, keepdim=True) / count

@@ -120,7 +120,7 @@ def weights(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _total(shares: Tensor) -> Tensor:
-    """Sum over the classes, (..., C) -> (..., 1), to the same bits in any order."""
+    """Give sum over the classes, (..., C) -> (..., 1), to the same bits in any order."""
     bits, count = limbs(int(shares.shape[-1]))  # a number while tracing, too
     sums, rest = [], shares
     for _ in range(count):

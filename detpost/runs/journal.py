@@ -194,7 +194,7 @@ def _lock(file: io.FileIO, path: Path) -> bool:
 
 
 def _is_at(file: io.FileIO, path: Path) -> bool:
-    """Whether the open file is still the one at its place."""
+    """Tell whether the open file is still the one at its place."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     except FileNotFoundError:

@@ -13,7 +13,7 @@ SAMPLES = Path(__file__).parent / "samples"
 
 
 def sample_images() -> list[Path]:
-    """Lists the sample images, sorted by name.
+    """List the sample images, sorted by name.
 
     Returns:
         The paths of four PNG files.

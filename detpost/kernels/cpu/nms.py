@@ -97,7 +97,7 @@ def merge_as_operator(
 
 
 def takes(detections: Detections, *others: Any) -> bool:
-    """Whether :func:`suppress` takes detections: plain tensors of the usual dtypes that want no gradient."""
+    """Tell whether :func:`suppress` takes detections: plain tensors of the usual dtypes that want no gradient."""
     scores, labels, boxes, queries, valid = detections
     return (
         all(type(values) is Tensor for values in detections)

@@ -66,7 +66,7 @@ def operator(name: str) -> Callable[[Callable[..., Any]], Any]:
 
 
 def runs_on(device: torch.device) -> bool:
-    """Whether kernels run on a device: on CUDA ones, and on the CPU under the interpreter."""
+    """Tell whether kernels run on a device: on CUDA ones, and on the CPU under the interpreter."""
     return device.type == ("cpu" if INTERPRETED else "cuda")
 
 

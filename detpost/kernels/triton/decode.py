@@ -46,7 +46,7 @@ _TILE = 2048
 
 
 def takes(logits: Tensor, boxes: Tensor, image_sizes: Tensor | None, spec: DecodeSpec) -> bool:
-    """Whether :func:`decode` takes these arguments, which the post-processor has checked.
+    """Tell whether :func:`decode` takes these arguments, which the post-processor has checked.
 
     Args:
         logits: (B, Q, C).

@@ -34,7 +34,7 @@ _FAR = tl.constexpr(2**30)
 
 
 def takes(inside: Tensor) -> bool:
-    """Whether the functions here take this mask.
+    """Tell whether the functions here take this mask.
 
     Args:
         inside: the mask.
@@ -53,7 +53,7 @@ def takes(inside: Tensor) -> bool:
 
 
 def squared_distance(inside: Tensor, spacing: tuple[float, ...]) -> tuple[Tensor, float]:
-    """Squared distance to the nearest False; the contract of the function of this name in ``losses``.
+    """Give the squared distance to the nearest False; the contract of the function of this name in ``losses``.
 
     Args:
         inside: (B, C, *spatial) boolean; see :func:`takes`.
@@ -69,7 +69,7 @@ def squared_distance(inside: Tensor, spacing: tuple[float, ...]) -> tuple[Tensor
 
 
 def squared_boundary_distance(inside: Tensor, spacing: tuple[float, ...]) -> tuple[Tensor, float]:
-    """Squared distance to the nearest element of the other kind, for both kinds by one transform.
+    """Give the squared distance to the nearest element of the other kind, for both kinds by one transform.
 
     Args:
         inside: (B, C, *spatial) boolean; see :func:`takes`.

@@ -23,7 +23,7 @@ class Selection:
 
     @staticmethod
     def takes(scores: Tensor, k: int) -> bool:
-        """Whether its kernels take what came."""
+        """Tell whether its kernels take what came."""
         from detpost.kernels.triton import select
 
         return select.takes(scores, k)
@@ -46,7 +46,7 @@ class Decode:
 
     @staticmethod
     def takes(logits: Tensor, boxes: Tensor, image_sizes: Tensor | None, spec: DecodeSpec) -> bool:
-        """Whether its kernels take what came."""
+        """Tell whether its kernels take what came."""
         if wants_derivative(logits, boxes, image_sizes):
             return False
         from detpost.kernels.triton import decode
@@ -76,7 +76,7 @@ class Erosion:
     def takes(
         pred: Tensor, target: Tensor, classes: Tensor, weights: Sequence[float], axes: int, keep_field: bool
     ) -> bool:
-        """Whether its kernels take what came."""
+        """Tell whether its kernels take what came."""
         from detpost.kernels.triton import erosion
 
         return erosion.takes(pred, target)
@@ -101,7 +101,7 @@ class SquaredDistance:
 
     @staticmethod
     def takes(inside: Tensor, spacing: tuple[float, ...]) -> bool:
-        """Whether its kernels take what came."""
+        """Tell whether its kernels take what came."""
         from detpost.kernels.triton import distance
 
         return distance.takes(inside)
@@ -121,7 +121,7 @@ class BoundaryDistance:
 
     @staticmethod
     def takes(field: Tensor, spacing: tuple[float, ...]) -> bool:
-        """Whether its kernels take what came."""
+        """Tell whether its kernels take what came."""
         from detpost.kernels.triton import distance
 
         return distance.takes(field > 0.5)

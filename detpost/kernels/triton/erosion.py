@@ -46,7 +46,7 @@ _LIMITS = 7
 
 
 def takes(pred: Tensor, target: Tensor) -> bool:
-    """Whether the functions here take this pair, which the loss has checked.
+    """Tell whether the functions here take this pair, which the loss has checked.
 
     Args:
         pred: (B, C, H, W) or (B, C, D, H, W).

@@ -48,7 +48,7 @@ _MAX_PROGRAMS = 256
 
 
 def takes(scores: Tensor, k: int) -> bool:
-    """Whether :func:`select` takes these arguments.
+    """Tell whether :func:`select` takes these arguments.
 
     Args:
         scores: what would be selected from.

@@ -127,7 +127,7 @@ def _large(random: np.random.Generator) -> tuple[Array, float | None]:
 
 
 def _equal(random: np.random.Generator) -> tuple[Array, float | None]:
-    """Steps of 1/2, as a quantised head gives them."""
+    """Give steps of 1/2, as a quantised head gives them."""
     return (np.round(random.normal(-1, 1, (3, 40, 7)) * 2) / 2).astype(np.float32), None
 
 

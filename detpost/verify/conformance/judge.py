@@ -71,7 +71,7 @@ def _boxes_agree(given: Array, expected: Array, case: Case) -> Array:
 
 
 def _is_tied(queries: Array, labels: Array, decoded: Decoded, plan: Plan, count: int) -> Array:
-    """Whether a slot has another detection than expected, one of the same key, and has it once."""
+    """Tell whether a slot has another detection than expected, one of the same key, and has it once."""
     rows = np.arange(len(queries))[:, None]
     last, classes = decoded.every_key.shape[1] - 1, decoded.every_key.shape[2]
     known = (queries >= 0) & (labels >= 0) & (labels < classes)

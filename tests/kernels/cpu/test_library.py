@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from detpost import DecodeSpec, DetectionPostProcessor, kernels
-from detpost.kernels import dispatch
+from detpost.kernels import serving
 from detpost.kernels.cpu import library
 from detpost.losses import distance_transform_edt
 
@@ -108,10 +108,10 @@ def test_the_choice_is_said_and_wrong_ones_are_refused(forced, monkeypatch):
     with pytest.raises(ValueError, match="must be one of native, numpy, triton, aten; got 'cuda'"):
         kernels.kernel_for("cpu")
     monkeypatch.setattr(library, "_library", lambda: "not built: reinstall")
-    dispatch._kernel_for.cache_clear()
+    serving._kernel_for.cache_clear()
     forced("native")
     with pytest.raises(RuntimeError, match="DETPOST_KERNEL=native, but detpost"):
         kernels.kernel_for("cpu")
     forced("")
     assert kernels.kernel_for("cpu") == "numpy"
-    dispatch._kernel_for.cache_clear()
+    serving._kernel_for.cache_clear()

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 pytest.importorskip("triton")
 
 from detpost import DetectionPostProcessor, kernels, select_top_k
-from detpost.kernels import dispatch
+from detpost.kernels import dispatch, serving
 from detpost.kernels.triton import decode as triton_decode
 from detpost.kernels.triton import distance as triton_distance
 from detpost.kernels.triton import erosion as triton_erosion
@@ -272,7 +272,7 @@ def test_a_kernel_that_does_not_run_is_said_in_one_line(device, monkeypatch):
 def untried(monkeypatch):
     """As in a process that forces nothing and has tried nothing, where Triton would be the default."""
     monkeypatch.delenv("DETPOST_KERNEL", raising=False)
-    monkeypatch.setattr(dispatch, "_TRIED", {})
+    monkeypatch.setattr(serving, "_TRIED", {})
     monkeypatch.setattr(dispatch, "_serving", lambda *_: "triton")
 
 
@@ -295,7 +295,7 @@ def test_what_failed_its_trial_is_not_chosen_and_all_else_is(device, monkeypatch
     assert ran == {"rtdetr": True, "detr": False}
     said = [str(entry.message) for entry in caught if "without its Triton kernels" in str(entry.message)]
     assert said == ["detpost computes without its Triton kernels: the decode kernel gives other results than PyTorch"]
-    assert [key[1:3] for key, wrong in dispatch._TRIED.items() if wrong] == [("decode", F32)]
+    assert [key[1:3] for key, wrong in serving._TRIED.items() if wrong] == [("decode", F32)]
 
 
 @on_each_device
@@ -317,20 +317,20 @@ def test_each_choice_is_tried_before_it_runs(device, monkeypatch, untried, dtype
 def test_triton_is_the_form_for_cuda_where_it_is_installed(monkeypatch):
     monkeypatch.delenv("DETPOST_KERNEL", raising=False)
     for installed, kind in ((object(), "triton"), (None, "aten")):
-        dispatch._kernel_for.cache_clear()
+        serving._kernel_for.cache_clear()
         monkeypatch.setattr(importlib.util, "find_spec", lambda name, installed=installed: installed)
         assert kernels.kernel_for("cuda") == kind
-    dispatch._kernel_for.cache_clear()
+    serving._kernel_for.cache_clear()
 
 
 @pytest.mark.gpu
 def test_a_first_call_inside_a_capture_does_not_try(monkeypatch):
-    monkeypatch.setattr(dispatch, "_TRIED", {})
+    monkeypatch.setattr(serving, "_TRIED", {})
     post = DetectionPostProcessor.from_preset("rtdetr", top_k=5)
     logits, boxes = torch.randn(2, 6, 4, device="cuda"), torch.rand(2, 6, 4, device="cuda")
     graph = torch.cuda.CUDAGraph()
     with torch.no_grad(), torch.cuda.graph(graph):
         found = post(logits, boxes)
-    assert not dispatch._TRIED
+    assert not serving._TRIED
     graph.replay()
     assert torch.equal(found.queries, post(logits, boxes).queries)
