@@ -7,9 +7,9 @@ import torch
 
 pytest.importorskip("triton")
 
+from detpost.kernels.aten import losses as plain
 from detpost.kernels.triton import erosion as triton_erosion
 from detpost.kernels.triton.erosion import erode, erosion_gradient, takes
-from detpost.losses import hausdorff_er as plain
 from tests.kernels.triton.harness import (
     INTERPRETED,
     _plain_references,  # noqa: F401
