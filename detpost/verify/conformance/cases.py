@@ -143,10 +143,10 @@ def _saturated(random: np.random.Generator) -> tuple[Array, float | None]:
 def _not_numbers(random: np.random.Generator) -> tuple[Array, float | None]:
     logits = random.normal(-2, 2, (3, 40, 7))
     kind = random.integers(0, 12, logits.shape)
-    logits = np.select([kind == 0, kind == 1, kind == 2], [np.nan, np.inf, -np.inf], logits)
-    logits[1] = np.nan  # a whole image
-    logits[2, :35] = -np.inf
-    return logits.astype(np.float32), None
+    image, query, _ = np.ogrid[:3, :40, :7]
+    # Of the second image nothing is a number; of the third, few queries have a chance.
+    chosen = [image == 1, (image == 2) & (query < 35), kind == 0, kind == 1, kind == 2]
+    return np.select(chosen, [np.nan, -np.inf, np.nan, np.inf, -np.inf], logits).astype(np.float32), None
 
 
 def _half(random: np.random.Generator) -> tuple[Array, float | None]:
@@ -165,10 +165,11 @@ def _one(random: np.random.Generator) -> tuple[Array, float | None]:
 def _on_the_threshold(random: np.random.Generator) -> tuple[Array, float | None]:
     """Scores of exactly 1/2, of sigmoid and, where two classes share a query, of softmax: not above 1/2."""
     logits = random.normal(-1, 2, (2, 40, 5))
-    logits[:, ::3, 1] = 0
-    logits[:, 1::3] = -np.inf
-    logits[:, 1::3, 1:3] = 0
-    return logits.astype(np.float32), 0.5
+    _, query, channel = np.ogrid[:2, :40, :5]
+    alone = (query % 3 == 0) & (channel == 1)
+    shared = query % 3 == 1
+    is_half = alone | (shared & ((channel == 1) | (channel == 2)))
+    return np.select([is_half, shared], [0.0, -np.inf], logits).astype(np.float32), 0.5
 
 
 def _signed_zeros(random: np.random.Generator) -> tuple[Array, float | None]:
