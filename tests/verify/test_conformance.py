@@ -1,10 +1,12 @@
 """The conformance suite passes what is right, and says in words what is wrong with what is not."""
 
 import json
+import re
 import sys
 import textwrap
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -241,3 +243,16 @@ def test_a_fault_leaves_alone_what_it_does_not_concern():
     assert by_name["argmax"](plan) == plan
     assert by_name["no-threshold"](plan) == plan
     assert by_name["clipped"](plan) == replace(plan, clip=True)
+
+
+def test_the_page_shows_what_the_command_says(tmp_path, monkeypatch):
+    page = (Path(__file__).parents[2] / "docs" / "conformance.md").read_text()
+    module, said = (re.search(rf"```{kind}\n(.*?)```", page, re.DOTALL)[1] for kind in ("python", "text"))
+    (tmp_path / "decode_of_the_page.py").write_text(module)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    report = conform("decode_of_the_page:decode", "rtdetr")
+    assert str(report).replace("decode_of_the_page", "my_module") == said.partition("\n")[2].strip()
+    assert f"{len(FAULTS)} things" in page
+    assert f"{len(all_cases())} cases" in page
+    assert f"in {len(all_cases('rtdetr'))} cases" in page
