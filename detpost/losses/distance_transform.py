@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, overload
 
 import numpy as np
@@ -54,15 +55,24 @@ def distance_transform_edt(mask: Tensor | NDArray[Any], spacing: Spacing | None 
         >>> distance_transform_edt(mask, spacing=(2.0, 0.5))[0, 0, 1]
         tensor([2.0000, 2.0616, 2.2361])
     """
-    if isinstance(mask, np.ndarray):
-        return distance_transform_edt(torch.from_numpy(np.ascontiguousarray(mask != 0)), spacing).numpy()
-    if not isinstance(mask, Tensor):
+    return of_mask(mask, spacing, _distance)
+
+
+def of_mask(
+    mask: Tensor | NDArray[Any],
+    spacing: Spacing | None,
+    transform: Callable[[Tensor, tuple[float, ...]], Tensor],
+) -> Tensor | NDArray[np.float32]:
+    """Check a mask and transform what is not zero in it, image by image; an array comes back as an array."""
+    values = torch.from_numpy(np.ascontiguousarray(mask != 0)) if isinstance(mask, np.ndarray) else mask
+    if not isinstance(values, Tensor):
         raise TypeError(f"mask must be a torch.Tensor or an array; got {type(mask).__name__}: use torch.as_tensor")
-    if mask.dim() not in (4, 5) or 0 in mask.shape[2:]:
-        raise ValueError(f"mask must be (B, C, H, W) or (B, C, D, H, W) with sides >= 1; got {tuple(mask.shape)}")
-    each = spacings(spacing, mask.shape[0], mask.dim() - 2)
+    if values.dim() not in (4, 5) or 0 in values.shape[2:]:
+        raise ValueError(f"mask must be (B, C, H, W) or (B, C, D, H, W) with sides >= 1; got {tuple(values.shape)}")
+    each = spacings(spacing, values.shape[0], values.dim() - 2)
     with torch.no_grad():
-        return by_image(_distance, each, mask != 0)
+        found = by_image(transform, each, values != 0)
+    return found.numpy() if isinstance(mask, np.ndarray) else found
 
 
 def _distance(inside: Tensor, spacing: tuple[float, ...]) -> Tensor:

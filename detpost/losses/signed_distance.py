@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from detpost.kernels import boundary_distance, squared_distance
-from detpost.losses._arguments import Spacing, by_image, spacings
-from detpost.losses.distance_transform import distance_transform_edt
+from detpost.losses._arguments import Spacing
+from detpost.losses.distance_transform import distance_transform_edt, of_mask
 
 
 @overload
@@ -49,19 +49,11 @@ def signed_distance_transform(
         >>> signed_distance_transform(torch.ones(1, 1, 2, 3)).abs().max()
         tensor(0.)
     """
-    if isinstance(mask, np.ndarray):
-        return signed_distance_transform(torch.from_numpy(np.ascontiguousarray(mask != 0)), spacing).numpy()
-    if not isinstance(mask, Tensor):
-        raise TypeError(f"mask must be a torch.Tensor or an array; got {type(mask).__name__}: use torch.as_tensor")
-    if mask.dim() not in (4, 5) or 0 in mask.shape[2:]:
-        raise ValueError(f"mask must be (B, C, H, W) or (B, C, D, H, W) with sides >= 1; got {tuple(mask.shape)}")
-    each = spacings(spacing, mask.shape[0], mask.dim() - 2)
-    with torch.no_grad():
-        return by_image(_signed, each, mask != 0)
+    return of_mask(mask, spacing, _signed)
 
 
 def kervadec_map(inside: Tensor, spacing: tuple[float, ...]) -> Tensor:
-    """Map of Kervadec et al. as their code makes it: d outside, 1 - d inside, 0 where the mask is empty.
+    """Give the map of Kervadec et al. as their code makes it: d outside, 1 - d inside, 0 where the mask is empty.
 
     The 1 is one whatever the spacing. A full mask has the distances of :func:`distance_transform_edt`, as there.
 
