@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,7 +34,9 @@ _PROGRESSIVE_BYTES = 6
 
 
 @contextlib.contextmanager
-def open_image(path: str | Path, max_pixels: int | None = None) -> Iterator[ImageFile.ImageFile]:
+def open_image(
+    path: str | Path, max_pixels: int | None = None, content: bytes | None = None
+) -> Iterator[ImageFile.ImageFile]:
     """Open a file and read its header; the pixels are decoded by :class:`UprightImage`, within this context.
 
     Args:
@@ -41,6 +44,7 @@ def open_image(path: str | Path, max_pixels: int | None = None) -> Iterator[Imag
         max_pixels: most pixels that the header may say. The limit is ours: Pillow's own, ``MAX_IMAGE_PIXELS``, belongs
             to the whole process and is neither changed nor asked, though a few formats (WebP) ask it themselves.
             ``None`` leaves it to Pillow's.
+        content: what the file holds, where that is in memory already; ``path`` is its name then.
 
     Yields:
         Pillow's image, not decoded yet.
@@ -53,10 +57,10 @@ def open_image(path: str | Path, max_pixels: int | None = None) -> Iterator[Imag
 
     try:
         if max_pixels is None:
-            with Image.open(path) as image:
+            with Image.open(path if content is None else io.BytesIO(content)) as image:
                 yield image
         else:
-            with Path(path).open("rb") as file, _identified(file, str(path)) as image:
+            with _binary(path, content) as file, _identified(file, str(path)) as image:
                 if image.width * image.height > max_pixels:
                     raise OSError(f"{image.width} x {image.height} pixels are more than {max_pixels}")
                 yield image
@@ -64,13 +68,18 @@ def open_image(path: str | Path, max_pixels: int | None = None) -> Iterator[Imag
     except (FileNotFoundError, PermissionError, IsADirectoryError):
         raise
     except UnidentifiedImageError:
-        reason = "not an image of a known format" if Path(path).stat().st_size else "the file is empty"
+        size = Path(path).stat().st_size if content is None else len(content)
+        reason = "not an image of a known format" if size else "the file is empty"
     except MemoryError:
         reason = "not enough memory for its pixels"
     # On broken files Pillow's decoders raise SyntaxError, struct.error, zlib.error, EOFError, KeyError and more.
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
     raise OSError(f"cannot read image {str(path)!r}: {reason}")
+
+
+def _binary(path: str | Path, content: bytes | None) -> Any:
+    return Path(path).open("rb") if content is None else io.BytesIO(content)
 
 
 def _identified(file: Any, name: str) -> ImageFile.ImageFile:

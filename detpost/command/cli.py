@@ -41,6 +41,7 @@ app = typer.Typer(
 PRESET_HELP = f"How the outputs are decoded: {', '.join(presets())}."
 MODEL_HELP = "tiny, a transformers directory or hub id, or an .onnx, .xml or .pt2 file of detpost's."
 BACKEND_HELP = "What runs a transformers detector: eager, compile, onnx, openvino or cudagraph."
+FORMAT_HELP = "coco, jsonl, csv or parquet; may be repeated."
 CATEGORIES_HELP = "How classes find their category in the annotations: auto, name, order or label."
 IO_HELP = "What its runner takes: detpost (default), rtdetr, efficientnms, deepstream, ultralytics, frigate, roboflow."
 TIES_HELP = "Equal scores: exact (by default) in every runtime, or left to onnx."
@@ -110,7 +111,7 @@ def detect(
     batch: Annotated[int, typer.Option(help="Most images that go through the network at once.")] = 8,
     threshold: Annotated[float, typer.Option(help="Detections with a score above it are kept.")] = 0.5,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the results.")] = Path("detections"),
-    formats: Annotated[list[str] | None, typer.Option("--format", help="coco, jsonl or csv; may be repeated.")] = None,
+    formats: Annotated[list[str] | None, typer.Option("--format", help=FORMAT_HELP)] = None,
     draw: Annotated[bool, typer.Option("--draw", help="Write annotated pictures too.")] = False,
     annotations: Annotated[
         Path | None, typer.Option(help="COCO annotation file that gives image and category ids.")
@@ -152,6 +153,23 @@ def detect(
     show.print_summary(summary)
     if strict and summary.skipped:
         raise typer.Exit(1)
+
+
+@app.command(short_help="Bring Parquet results together and write them in other formats.")
+def merge(
+    sources: Annotated[list[Path], typer.Argument(help="Folders of results, or their detections.parquet.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for the results; that of one source.")] = None,
+    formats: Annotated[list[str] | None, typer.Option("--format", help=FORMAT_HELP)] = None,
+    annotations: Annotated[
+        Path | None, typer.Option(help="COCO annotation file that gives image and category ids.")
+    ] = None,
+    categories: Annotated[str, typer.Option(help=CATEGORIES_HELP)] = "auto",
+) -> None:
+    """Bring Parquet results of one run or many together, sorted by file name, and write them in other formats."""
+    from detpost.runs.merge import merge as run_merge
+
+    merged = run_merge(sources, out, formats=formats or ["coco"], annotations=annotations, categories=categories)
+    show.print_merged(merged)
 
 
 @app.command(short_help="Compute COCO's AP and AR.")

@@ -138,6 +138,17 @@ def print_summary(summary: Any) -> None:
     count = f"{summary.images} images: {summary.finished} now, {summary.resumed} before, {len(summary.skipped)} skipped"
     if not summary.changed:
         count = f"nothing to do: all {summary.images} images are finished, {len(summary.skipped)} of them skipped"
+    _print_files(count, summary)
+
+
+def print_merged(merged: Any) -> None:
+    """Print what was brought together."""
+    if merged.uncategorised:
+        console.print(f"{merged.uncategorised} detections are of no category of the annotations", highlight=False)
+    _print_files(f"{merged.images} images, {len(merged.skipped)} of them skipped", merged)
+
+
+def _print_files(count: str, summary: Any) -> None:
     files = ", ".join(str(file) for file in summary.files if file.name != "skipped.csv")
     line = f"{count}; {summary.detections} detections in {files}"
     console.print(line, highlight=False, markup=False, soft_wrap=True)

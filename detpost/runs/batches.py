@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from detpost.detector import Detector
     from detpost.runs.reading import Loaded
 
-__all__ = ["detect_batch"]
+__all__ = ["detect_batch", "failure_text"]
 
 # What a network or a processor raises on an image that it cannot take, as one a pixel wide.
 _CANNOT_TAKE = (RuntimeError, ValueError, ZeroDivisionError)
@@ -43,6 +43,12 @@ def detect_batch(
     if failures and len(failures) == len(tried) and not alone_may_fail:
         raise failures[0]  # the model fails, not the image
     return [_row(loaded, outcome, ids[loaded.name]) for loaded, outcome in zip(batch, outcomes, strict=True)]
+
+
+def failure_text(error: Exception, size: tuple[int, int]) -> str:
+    """Say on one line that an image of this (height, width) does not go through, and what was raised."""
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return f"the detector cannot take {size[1]} x {size[0]} pixels: {reason[:200]}"
 
 
 def _outcomes(detector: Detector, batch: Sequence[Loaded]) -> list[dict[str, Any] | Exception | str]:
@@ -79,7 +85,6 @@ def _row(loaded: Loaded, outcome: dict[str, Any] | Exception | str, image_id: in
         return {**row, "error": outcome}
     height, width = loaded.failure[1] if loaded.failure else loaded.ready.size if loaded.ready else (0, 0)
     if isinstance(outcome, Exception):
-        reason = " ".join(str(outcome).split()) or type(outcome).__name__
-        return {**row, "error": f"the detector cannot take {width} x {height} pixels: {reason[:200]}"}
+        return {**row, "error": failure_text(outcome, (height, width))}
     values = {name: outcome[name].tolist() for name in ("scores", "labels", "boxes")}
     return {**row, "width": width, "height": height, "names": outcome["label_names"], **values}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,9 +17,10 @@ from detpost.runs.finishing import Finisher, draw_missing
 from detpost.runs.journal import Journal
 from detpost.runs.memory import Memory
 from detpost.runs.originals import Originals
+from detpost.runs.parquet import sort_key
 from detpost.runs.pictures import PICTURES, Pictures, forget_pictures
 from detpost.runs.reading import Reader, identity_of
-from detpost.runs.results import FORMATS, Report, Skipped
+from detpost.runs.results import Report, Rows, Skipped, check_formats
 from detpost.runs.settings import check_settings, settings_of, with_spec
 
 if TYPE_CHECKING:
@@ -94,8 +95,8 @@ def detect(
         batch_size: most images that go through the network at once.
         threshold: detections with ``score > threshold`` are kept.
         formats: ``"coco"`` (``detections.json``, COCO results, and ``images.json``, the images and categories they
-            refer to), ``"jsonl"`` (``detections.jsonl``, one image per line) and ``"csv"`` (``detections.csv``, one
-            detection per line).
+            refer to), ``"jsonl"`` (``detections.jsonl``, one image per line), ``"csv"`` (``detections.csv``, one
+            detection per line) and ``"parquet"`` (``detections.parquet``, one image per row).
         draw: whether to write annotated pictures.
         annotations: a COCO annotation file that gives image and category ids; without it images are numbered from 1 in
             sorted order, once and for all, and the category id is the label.
@@ -132,7 +133,7 @@ def detect(
     threads = workers or min(4, os.cpu_count() or 1)
     with Journal(folder / JOURNAL) as journal:
         if not fresh:
-            check_settings(journal, settings, folder)
+            check_settings(journal.header, settings, folder)
         pending = [name for name in names if fresh or not _is_finished(journal, root, name)]
         memory, drawn = Memory(), 0
         originals = Originals(root, max_pixels, memory)
@@ -148,7 +149,8 @@ def detect(
                 _run(detector, journal, reader, finisher, names, pending, progress or (lambda done, total: None))
         if draw:
             drawn = draw_missing(journal, originals, Pictures(folder, names), names, threads)
-        report = Report(journal, names, given_ids, truth, categories, unread)
+        assert journal.header is not None
+        report = Report(_rows(journal, names, given_ids), _known(journal.header), truth, categories, unread)
         files, written = report.write(folder, formats)
         return Summary(
             images=len(names),
@@ -165,14 +167,28 @@ def detect(
 def _check_arguments(
     batch_size: int, threshold: float, formats: Sequence[str], max_pixels: int, workers: int | None
 ) -> None:
-    unknown = [name for name in formats if name not in FORMATS]
-    if unknown or not formats:
-        raise ValueError(f"unknown format {unknown[0] if unknown else ''!r}: take one of {', '.join(FORMATS)}")
+    check_formats(formats)
     for name, value in (("batch_size", batch_size), ("max_pixels", max_pixels), ("workers", workers)):
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1; got {value}")
     if not 0 <= threshold <= 1:
         raise ValueError(f"threshold must lie within [0, 1]; got {threshold}")
+
+
+def _rows(journal: Journal, names: Sequence[str], given_ids: Mapping[str, int] | None) -> Rows:
+    """Give what makes the result files of the journal."""
+    in_order = sorted(names, key=sort_key)
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for row in journal.rows(in_order):
+            yield row if given_ids is None else {**row, "image_id": given_ids[row["file_name"]]}
+
+    return rows
+
+
+def _known(header: Mapping[str, Any]) -> dict[str, Any]:
+    """Give what a Parquet file says of the run."""
+    return {name: header[name] for name in ("version", "settings", "class_names")}
 
 
 def _is_finished(journal: Journal, root: Path, name: str) -> bool:
@@ -186,7 +202,7 @@ def _begin(journal: Journal, settings: dict[str, Any], detector: Detector, folde
 
     settings = with_spec(settings, detector.spec)
     if journal.header is not None and not fresh:
-        check_settings(journal, settings, folder)
+        check_settings(journal.header, settings, folder)
         return
     if fresh and (folder / PICTURES / MARKER).exists():
         shutil.rmtree(folder / PICTURES)

@@ -8,16 +8,16 @@ from collections import deque
 from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from detpost.image_files import UprightImage, decoding_bytes, open_image
-from detpost.images import FileRows, Prepare, Ready, Rows, TensorRows
+from detpost.images import FileRows, Prepare, Ready, Rows, TensorRows, opened
 from detpost.runs.memory import Memory
 from detpost.runs.originals import Originals
 
-__all__ = ["Loaded", "Reader", "identity_of"]
+__all__ = ["Loaded", "Reader", "identity_of", "load_content", "load_pixels"]
 
 # A batch ends early once its images, as RGB, have this many bytes.
 BATCH_BYTES = 512 * 1024**2
@@ -137,11 +137,40 @@ class Reader:
                 picture = self._originals.keep(image) if self._originals else None
                 if picture is not None and picture.shape[1:] == (image.height, image.width):
                     image = TensorRows(picture)
-                try:
-                    return loaded._replace(ready=self._prepare.one(image), picture=picture)
-                except (RuntimeError, ValueError, ZeroDivisionError) as error:
-                    if self._originals:
-                        self._originals.let_go(picture)
-                    return loaded._replace(failure=(error, (image.height, image.width)))
+                prepared = _prepared(image, loaded, self._prepare)
+                if prepared.ready is not None:
+                    return prepared._replace(picture=picture)
+                if self._originals:
+                    self._originals.let_go(picture)
+                return prepared
             finally:
                 file.close()  # the pixels go before their room does
+
+
+def load_content(name: str, content: bytes, prepare: Prepare, max_pixels: int) -> Loaded:
+    """Decode a file that is in memory already; as :meth:`Reader.read`."""
+    loaded = Loaded(name, len(content), -1)
+    try:
+        with open_image(name, max_pixels, content) as file:
+            return _prepared(FileRows(UprightImage(file)), loaded, prepare)
+    except OSError as error:
+        return loaded._replace(error=str(error).removeprefix(f"cannot read image {name!r}: "))
+
+
+def load_pixels(name: str, pixels: Any, prepare: Prepare, max_pixels: int) -> Loaded:
+    """Take an image that is decoded already, as :func:`detpost.images.read_image` takes it."""
+    loaded = Loaded(name, -1, -1)
+    try:
+        with opened(pixels) as image:
+            if image.height * image.width > max_pixels:
+                return loaded._replace(error=f"{image.width} x {image.height} pixels are more than {max_pixels}")
+            return _prepared(image, loaded, prepare)
+    except (TypeError, ValueError) as error:
+        return loaded._replace(error=" ".join(str(error).split()))
+
+
+def _prepared(image: Rows, loaded: Loaded, prepare: Prepare) -> Loaded:
+    try:
+        return loaded._replace(ready=prepare.one(image))
+    except (RuntimeError, ValueError, ZeroDivisionError) as error:
+        return loaded._replace(failure=(error, (image.height, image.width)))

@@ -1,9 +1,11 @@
-"""Result files of a detection run, made from its journal one image at a time and moved into place whole."""
+"""Result files of a detection run, made one image at a time from its rows and moved into place whole."""
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import filecmp
+import itertools
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,11 +16,17 @@ import torch
 
 from detpost.boxes import convert
 from detpost.runs.coco import match_categories
-from detpost.runs.journal import Journal
+from detpost.runs.parquet import TableWriter, import_pyarrow, schema, table_of
 
-__all__ = ["FORMATS", "Report", "Skipped"]
+__all__ = ["FORMATS", "PARQUET", "Report", "Rows", "Skipped", "check_formats", "replaced"]
 
-FORMATS = ("coco", "jsonl", "csv")
+FORMATS = ("coco", "jsonl", "csv", "parquet")
+PARQUET = "detections.parquet"
+# Rows that become one table of Arrow at a time.
+_TABLE_ROWS = 512
+
+# Gives the rows of a run, in order and as the journal has them; asked again for each file that is made of them.
+Rows = Callable[[], Iterator[dict[str, Any]]]
 
 
 class Skipped(NamedTuple):
@@ -33,34 +41,41 @@ class Skipped(NamedTuple):
     reason: str
 
 
+def check_formats(formats: Sequence[str]) -> None:
+    """Refuse formats that there are not, none at all, and those whose package is missing."""
+    unknown = [name for name in formats if name not in FORMATS]
+    if unknown or not formats:
+        raise ValueError(f"unknown format {unknown[0] if unknown else ''!r}: take one of {', '.join(FORMATS)}")
+    if "parquet" in formats:
+        import_pyarrow()
+
+
 class Report:
     """The result files.
 
     Args:
-        journal: of the run.
-        names: the images that belong into the files, in order.
-        given_ids: the id of each image; ``None`` takes the journal's.
+        rows: of the run, sorted by file name.
+        known: what the run says of itself: ``class_names``, and what else a Parquet file is to say.
         truth: the annotation file whose categories the COCO file refers to, if any.
         categories: how classes find their category there, as :func:`detpost.coco.match_categories` takes it.
+        unread: folders that could not be looked into, and why.
     """
 
     def __init__(
         self,
-        journal: Journal,
-        names: Sequence[str],
-        given_ids: Mapping[str, int] | None,
+        rows: Rows,
+        known: Mapping[str, Any],
         truth: Mapping[str, Any] | None,
         categories: str,
         unread: Sequence[tuple[str, str]] = (),
     ) -> None:
-        self.journal = journal
-        self.names = names
-        self.given_ids = given_ids
+        self._rows = rows
+        self._known = known
+        self.images = 0
         self.skipped = [Skipped(*each) for each in unread]
         self.detections = 0
         self.uncategorised = 0
-        assert journal.header is not None
-        self.class_names = {int(label): name for label, name in journal.header["class_names"].items()}
+        self.class_names = {int(label): name for label, name in known["class_names"].items()}
         if truth is None:
             self.categories: dict[int, int] | None = None
             self.category_rows = [{"id": label, "name": name} for label, name in sorted(self.class_names.items())]
@@ -83,15 +98,16 @@ class Report:
         else:
             (folder / "skipped.csv").unlink(missing_ok=True)
         written = [_replace(folder / name, writer) for name, writer in writers.items()]
-        return tuple(folder / name for name in writers), any(written)
-
-    def _rows(self) -> Iterator[dict[str, Any]]:
-        for row in self.journal.rows(self.names):
-            given = self.given_ids
-            yield row if given is None else {**row, "image_id": given[row["file_name"]]}
+        paths = [folder / name for name in writers]
+        if "parquet" in formats:
+            with replaced(folder / PARQUET) as (file, changed):
+                self._parquet(file)
+            paths, written = [*paths, folder / PARQUET], [*written, *changed]
+        return tuple(paths), any(written)
 
     def _count(self) -> None:
         for row in self._rows():
+            self.images = self.images + 1
             if "error" in row:
                 self.skipped.append(Skipped(row["file_name"], row["error"]))
                 continue
@@ -116,11 +132,14 @@ class Report:
                 continue
             boxes = torch.tensor(row["boxes"], dtype=torch.float32, device="cpu").reshape(-1, 4)
             corners = convert(boxes, "xyxy", "xywh").tolist()
-            for score, label, box in zip(row["scores"], row["labels"], corners, strict=True):
+            masks = row.get("masks") or [None] * len(corners)
+            for score, label, box, mask in zip(row["scores"], row["labels"], corners, masks, strict=True):
                 category = label if self.categories is None else self.categories.get(label)
                 if category is None:
                     continue
                 result = {"image_id": row["image_id"], "category_id": category, "bbox": box, "score": score}
+                if mask is not None:
+                    result = {**result, "segmentation": mask}
                 file.write(separator + json.dumps(result))
                 separator = ",\n"
         file.write("\n]\n")
@@ -144,21 +163,58 @@ class Report:
                 values = zip(row["labels"], row["names"], row["scores"], row["boxes"], strict=True)
                 table.writerows([row["image_id"], row["file_name"], *each, *box] for *each, box in values)
 
+    def _parquet(self, file: Any) -> None:
+        table = TableWriter(file, schema(self._known))
+        try:
+            for rows in _batches(self._rows(), _TABLE_ROWS):
+                table.add(table_of(rows))
+            table.close()
+        except BaseException:
+            table.abandon()
+            raise
+
     def _skipped_csv(self, file: Any) -> None:
         table = csv.writer(file, lineterminator="\n")
         table.writerows([("file_name", "reason"), *self.skipped])
 
 
-def _replace(path: Path, write: Callable[[Any], None]) -> bool:
-    """Write a file beside its place and move it there whole; leave it alone where it is the same already."""
+def _batches(rows: Iterator[dict[str, Any]], size: int) -> Iterator[list[dict[str, Any]]]:
+    while batch := list(itertools.islice(rows, size)):
+        yield batch
+
+
+@contextlib.contextmanager
+def replaced(path: Path, text: bool = False) -> Iterator[tuple[Any, list[bool]]]:
+    """Write a file beside its place and move it there whole; leave it alone where it is the same already.
+
+    Args:
+        path: its place.
+        text: whether it is text, in UTF-8; binary otherwise.
+
+    Yields:
+        The open file, and a list that has, once it is closed, whether it is new or other than before.
+    """
     part = path.with_name(f".{path.name}.part")
-    # A file name in no valid encoding is written in the bytes that it has.
-    with part.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
+    changed: list[bool] = []
+    try:
+        # A file name in no valid encoding is written in the bytes that it has.
+        options: dict[str, Any] = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""} if text else {}
+        with part.open("w" if text else "wb", **options) as file:
+            yield file, changed
+            file.flush()
+            os.fsync(file.fileno())
+        if path.is_file() and filecmp.cmp(part, path, shallow=False):
+            changed.append(False)
+            part.unlink()
+            return
+        os.replace(part, path)
+        changed.append(True)
+    except BaseException:  # a disk that is full is not to be kept so
+        part.unlink(missing_ok=True)
+        raise
+
+
+def _replace(path: Path, write: Callable[[Any], None]) -> bool:
+    with replaced(path, text=True) as (file, changed):
         write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    if path.is_file() and filecmp.cmp(part, path, shallow=False):
-        part.unlink()
-        return False
-    os.replace(part, path)
-    return True
+    return changed[0]

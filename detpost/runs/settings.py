@@ -13,7 +13,6 @@ from detpost.export.formats import format_of
 from detpost.integrations.model_names import look_up, spelled_alike
 
 if TYPE_CHECKING:
-    from detpost.runs.journal import Journal
     from detpost.spec import DecodeSpec
 
 __all__ = ["check_settings", "settings_of", "with_spec"]
@@ -54,18 +53,18 @@ def with_spec(settings: Mapping[str, Any], spec: DecodeSpec | None) -> dict[str,
     return {**settings, "spec": json.loads(json.dumps(asdict(spec) if spec is not None else None))}
 
 
-def check_settings(journal: Journal, settings: Mapping[str, Any], folder: Path) -> None:
+def check_settings(header: Mapping[str, Any] | None, settings: Mapping[str, Any], folder: str | Path) -> None:
     """Refuse to go on with other settings than those that the folder was begun with.
 
     Args:
-        journal: of the folder.
+        header: what the folder says of the run in it; ``None`` where there is none.
         settings: of :func:`settings_of`, or of :func:`with_spec`.
         folder: for the message.
 
     Raises:
         ValueError: they differ; the message says in what.
     """
-    before = None if journal.header is None else journal.header["settings"]
+    before = None if header is None else header["settings"]
     if before is None:
         return
     for name in ("model_identity", "backend", "threshold", "spec"):

@@ -29,7 +29,13 @@ from detpost.detections import import_supervision  # noqa: E402
 from detpost.detector import Detector  # noqa: E402
 from detpost.runs.journal import Journal  # noqa: E402
 
-OPTIONS = {"batch_size": 3, "formats": ("coco", "jsonl", "csv"), "draw": True, "device": "cpu", "threshold": 0.3}
+OPTIONS = {
+    "batch_size": 3,
+    "formats": ("coco", "jsonl", "csv", "parquet"),
+    "draw": True,
+    "device": "cpu",
+    "threshold": 0.3,
+}
 
 
 def die():

@@ -495,7 +495,7 @@ def test_a_file_with_a_fixed_batch_takes_any_batch(tmp_path, detector):
 @pytest.mark.parametrize(
     ("options", "pattern"),
     [
-        ({"formats": ("xml",)}, "unknown format 'xml': take one of coco, jsonl, csv"),
+        ({"formats": ("xml",)}, "unknown format 'xml': take one of coco, jsonl, csv, parquet"),
         ({"batch_size": 0}, "batch_size must be at least 1; got 0"),
         ({"workers": 0}, "workers must be at least 1; got 0"),
         ({"threshold": 2.0}, r"threshold must lie within \[0, 1\]; got 2.0"),
