@@ -4,8 +4,9 @@
     python scripts/test_processors.py --list    # what it would run, and what it would skip and why
 
 Each level is a process of its own, as many at a time as there are cores, and a test in it watches what computes there.
-Exit status 1 if a test fails at any level; the last line names the level. Slow tests are left to `make test`, which
-takes the processor as it is: nearly all their time is a compiler's.
+Exit status 1 if a test fails at any level; the last line names the level. Left to `make test`, which takes the processor
+as it is, are slow tests, whatever compiles or exports (nearly all of that time is a compiler's, and what it makes calls the
+same kernels), and the tests that start a process at each level themselves.
 """
 
 import argparse
@@ -27,6 +28,10 @@ from tests import processor  # noqa: E402
 PROBE = "test_what_computes_is_what_the_environment_asks_for"
 SELECTING = ("tests/test_selection.py", "tests/test_postprocess.py", "tests/test_nms.py", "tests/test_parity.py")
 LOSSES = ("tests/losses", "tests/metrics")
+LEFT_OUT = (
+    *("export", "compile", "dynamo", "onnx", "is_pure", "in_training"),
+    *("every_level", "every_instruction_level", "not_given_is_a_memory_error", "not_given_are_done_without"),
+)
 # The Triton kernels are interpreted here, by NumPy, which none of the levels changes.
 EVERYTHING = (*SELECTING, *LOSSES, "tests/kernels/cpu", "tests/reference")
 # What PyTorch's own operators compute is the same at every level of the C++; NumPy has no form of the losses.
@@ -93,6 +98,7 @@ def run(level: Level) -> Outcome:
     with tempfile.TemporaryDirectory() as folder:
         results = Path(folder) / "results.xml"
         arguments = ["-q", "-r", "fE", "-p", "no:cacheprovider", f"--junit-xml={results}", "-m", "not gpu and not slow"]
+        arguments += ["-k", f"not ({' or '.join(LEFT_OUT)})"]
         done = subprocess.run(
             [sys.executable, "-m", "pytest", *arguments, f"tests/test_processor.py::{PROBE}", *level.tests],
             cwd=ROOT,
