@@ -4,9 +4,9 @@
     python scripts/test_processors.py --list    # what it would run, and what it would skip and why
 
 Each level is a process of its own, as many at a time as there are cores, and a test in it watches what computes there.
-Exit status 1 if a test fails at any level; the last line names the level. Left to `make test`, which takes the processor
-as it is, are slow tests, whatever compiles or exports (nearly all of that time is a compiler's, and what it makes calls the
-same kernels), and the tests that start a process at each level themselves.
+Exit status 1 if a test fails at any level; the last line names the level. Left to `make test`, which takes the
+processor as it is, are slow tests, whatever compiles or exports (nearly all of that time is a compiler's, and what it
+makes calls the same kernels), and the tests that start a process at each level themselves.
 """
 
 import argparse
