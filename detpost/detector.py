@@ -81,20 +81,25 @@ class Detector:
         threshold: float = 0.5,
         *,
         trust_remote_code: bool = False,
+        allow_pickle: bool = False,
     ) -> Detector:
         """Load a detector.
 
         Args:
-            source: ``"tiny"`` (the digit detector that ships with detpost); a transformers directory or hub id; or an
-                ``.onnx``, ``.xml`` (OpenVINO) or ``.pt2`` file that detpost wrote. Load only ``.pt2`` files that you
-                trust: they hold machine code.
-            backend: what runs a transformers detector: ``"eager"``; ``"compile"`` (``torch.compile``); ``"cudagraph"``;
-                ``"onnx"`` and ``"openvino"``, which export it to a temporary file and run that on the CPU, with one
-                fixed input size. A file's format decides for itself.
+            source: ``"tiny"`` (the digit detector that ships with detpost); a transformers directory or hub id; a
+                detector of another library, ``"kornia:rtdetr_r18vd"``, ``"ultralytics:rtdetr-l"`` or ``"rfdetr:nano"``,
+                with ``@FILE`` behind it for weights of one's own and ``@random`` for none; or an ``.onnx``, ``.xml``
+                (OpenVINO) or ``.pt2`` file that detpost wrote. Load only ``.pt2`` files that you trust: they hold
+                machine code.
+            backend: what runs a network: ``"eager"``; ``"compile"`` (``torch.compile``); ``"cudagraph"``; ``"onnx"``
+                and ``"openvino"``, which export it to a temporary file and run that on the CPU, with one fixed input
+                size. A file's format decides for itself.
             device: where to run; ``None`` takes CUDA where there is one, else the CPU; for a ``.pt2`` file, the device
                 that it was made for.
             threshold: detections with ``score > threshold`` are given, within [0, 1].
             trust_remote_code: whether Python code that comes with a transformers detector's weights is run.
+            allow_pickle: whether files of weights that are pickles may be opened: ``.pth`` and ``.pt`` files, and the
+                weights that Ultralytics publishes.
 
         Returns:
             The detector.
@@ -103,7 +108,7 @@ class Detector:
             ImportError: a package that the source needs is missing; the message names the extra.
             OSError: nothing at that place; the message names detectors that are spelled alike.
             ValueError: an unknown backend or one that the device does not have, a threshold out of range, a file that
-                is not a whole detector written by detpost, or code that is not trusted.
+                is not a whole detector written by detpost, or code or a pickle that is not trusted.
 
         Example:
             >>> detector = Detector.load("tiny", device="cpu", threshold=0.4)
@@ -118,13 +123,13 @@ class Detector:
         if found.kind == "file":
             return detector_of_file(_open_file(source, device), threshold)
         if backend in ("onnx", "openvino"):
-            return _through_file(source, backend, threshold, trust_remote_code)
+            return _through_file(source, backend, threshold, trust_remote_code, allow_pickle)
         place = _place(device)
         if backend == "cudagraph" and place.type != "cuda":
             raise ValueError(f"backend 'cudagraph' needs a CUDA device; got {place}: take 'compile' there")
-        from detpost.integrations.transformers import load_detector
+        from detpost.integrations.load import load_detector
 
-        loaded = load_detector(source, trust_remote_code=trust_remote_code)
+        loaded = load_detector(source, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
         module = DetectorModule(loaded.model, DetectionPostProcessor(loaded.spec)).eval().to(place)
         return cls(
             _in_backend(module, backend, loaded.preprocessing is None),
@@ -251,12 +256,14 @@ def _in_backend(module: DetectorModule, backend: str, dynamic_size: bool) -> Run
     return module
 
 
-def _through_file(source: str | Path, backend: str, threshold: float, trust_remote_code: bool) -> Detector:
+def _through_file(
+    source: str | Path, backend: str, threshold: float, trust_remote_code: bool, allow_pickle: bool
+) -> Detector:
     """Export to a temporary file and open that; both runtimes hold all of it in memory then."""
     from detpost.export.formats import FORMATS
-    from detpost.integrations.transformers import load_detector
+    from detpost.integrations.load import load_detector
 
-    loaded = load_detector(source, trust_remote_code=trust_remote_code)
+    loaded = load_detector(source, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
     known: dict[str, Any] = {"preprocessing": loaded.export_preprocessing, "class_names": loaded.class_names}
     taken = next(entry for entry in FORMATS if entry.name == backend)
     with tempfile.TemporaryDirectory(prefix="detpost-") as folder:

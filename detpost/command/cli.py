@@ -39,8 +39,9 @@ app = typer.Typer(
 )
 
 PRESET_HELP = f"How the outputs are decoded: {', '.join(presets())}."
-MODEL_HELP = "tiny, a transformers directory or hub id, or an .onnx, .xml or .pt2 file of detpost's."
-BACKEND_HELP = "What runs a transformers detector: eager, compile, onnx, openvino or cudagraph."
+MODEL_HELP = "tiny, a transformers directory or hub id, kornia:MODEL, or an .onnx, .xml or .pt2 file of detpost's."
+SOURCE_HELP = "tiny, a transformers directory or hub id, kornia:MODEL, or post for a bare decode."
+BACKEND_HELP = "What runs a network: eager, compile, onnx, openvino or cudagraph."
 FORMAT_HELP = "coco, jsonl, csv or parquet; may be repeated."
 CATEGORIES_HELP = "How classes find their category in the annotations: auto, name, order or label."
 IO_HELP = "What its runner takes: detpost (default), rtdetr, efficientnms, deepstream, ultralytics, frigate, roboflow."
@@ -48,6 +49,7 @@ TIES_HELP = "Equal scores: exact (by default) in every runtime, or left to onnx.
 INSIDE_HELP = "Take uint8 images: scale (also without a value) scales and normalises inside, full resizes too."
 LETTERBOX_HELP = "With full: pad images with grey to keep their proportions."
 ANTIALIAS_HELP = "With full: whether the trained pipeline's resize was antialiased."
+PICKLE_HELP = "Open weights that are pickles (.pth, .pt), which may run code; only where you trust them."
 TRUST_HELP = "Run Python code that comes with the model's weights; only where you trust it."
 
 
@@ -122,6 +124,7 @@ def detect(
     max_pixels: Annotated[int, typer.Option(help="Images with more pixels are skipped.")] = 178_956_970,
     workers: Annotated[int | None, typer.Option(help="Threads that decode images; one per core, at most 4.")] = None,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help=TRUST_HELP)] = False,
+    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help=PICKLE_HELP)] = False,
 ) -> None:
     """Detect in a folder of any size; an interrupted run goes on where it stopped when started again."""
     from detpost.runs.find_images import find_images
@@ -148,6 +151,7 @@ def detect(
             max_pixels=max_pixels,
             workers=workers,
             trust_remote_code=trust_remote_code,
+            allow_pickle=allow_pickle,
             progress=tell,
         )
     show.print_summary(summary)
@@ -190,6 +194,7 @@ def evaluate(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder to keep the model's results in.")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", "--overwrite", help="Drop an earlier run and start over.")] = False,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help=TRUST_HELP)] = False,
+    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help=PICKLE_HELP)] = False,
 ) -> None:
     """Compute COCO's AP and AR, equal to pycocotools', of a results file or of a model on a folder of images."""
     from detpost.runs.evaluate import evaluate as evaluate_results
@@ -222,6 +227,7 @@ def evaluate(
                 categories=categories,
                 fresh=fresh,
                 trust_remote_code=trust_remote_code,
+                allow_pickle=allow_pickle,
                 progress=tell,
             )
         if not quiet:
@@ -244,7 +250,7 @@ def doctor() -> None:
 
 @app.command(cls=_ExportCommand, short_help="Export a detector with its post-processing, or a bare decode.")
 def export(
-    model: Annotated[str, typer.Argument(help="tiny, a transformers directory or hub id, or post for a bare decode.")],
+    model: Annotated[str, typer.Argument(help=SOURCE_HELP)],
     out: Annotated[Path, typer.Option("--out", "-o", help="File to write.")],
     preset: Annotated[str | None, typer.Option(help=PRESET_HELP)] = None,
     io: Annotated[str | None, typer.Option(help=IO_HELP)] = None,
@@ -264,6 +270,7 @@ def export(
     opset: Annotated[int | None, typer.Option(help="Version of the default operator set; 17 by default.")] = None,
     exporter: Annotated[str | None, typer.Option(help="auto (by default), torchscript or dynamo.")] = None,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help=TRUST_HELP)] = False,
+    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help=PICKLE_HELP)] = False,
 ) -> None:
     """Export a detector with its post-processing, or a bare decode: .onnx, .xml (OpenVINO) or .pt2 (AOTInductor).
 
@@ -298,7 +305,8 @@ def export(
 
         source, spec = DetectionPostProcessor(bare), None
     else:
-        source, spec, known = _detector(model, preset, overrides, trust_remote_code)
+        trust = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
+        source, spec, known = _detector(model, preset, overrides, trust)
     if taken.name == "package":
         known = {**known, "example": None}
     with show.steps() as say:
@@ -371,6 +379,7 @@ def verify(
     images: Annotated[list[Path] | None, typer.Option("--image", help="An image to compare detectors on.")] = None,
     threshold: Annotated[float, typer.Option(help="Detections above it must have a partner.")] = 0.3,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the report as JSON.")] = None,
+    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help=PICKLE_HELP)] = False,
 ) -> None:
     """Compare two artifacts; exit status 1 on any difference."""
     for name in (artifact, reference):
@@ -379,7 +388,9 @@ def verify(
     from detpost.verify import verify as verify_artifacts
 
     with show.steps() as say:
-        report = verify_artifacts(artifact, reference, images=images, threshold=threshold, progress=say)
+        report = verify_artifacts(
+            artifact, reference, images=images, threshold=threshold, allow_pickle=allow_pickle, progress=say
+        )
     if json_file is not None:
         json_file.write_text(report.to_json() + "\n")
     show.console.print(str(report), highlight=False, markup=False, soft_wrap=True)
@@ -428,16 +439,16 @@ def _given(**options: Any) -> dict[str, Any]:
 
 
 def _detector(
-    model: str, preset: str | None, overrides: dict[str, Any], trust_remote_code: bool
+    model: str, preset: str | None, overrides: dict[str, Any], trust: dict[str, bool]
 ) -> tuple[Any, DecodeSpec | None, dict[str, Any]]:
     """Give what to export, its spec where the options say one, and what a loaded network no longer says of itself."""
-    if preset is not None and not trust_remote_code:
+    if preset is not None and not any(trust.values()):
         return model, DecodeSpec.preset(preset, **overrides), {}
-    if not overrides and not trust_remote_code:
+    if not overrides and not any(trust.values()):
         return model, None, {}
-    from detpost.integrations.transformers import load_detector
+    from detpost.integrations.load import load_detector
 
-    loaded = load_detector(model, trust_remote_code=trust_remote_code)
+    loaded = load_detector(model, **trust)
     spec = replace(loaded.spec, **overrides) if preset is None else DecodeSpec.preset(preset, **overrides)
     return loaded.model, spec, {"preprocessing": loaded.export_preprocessing, "class_names": loaded.class_names}
 

@@ -45,7 +45,7 @@ class ExportSource:
             spec = spec or model.post.spec
             model = model.model
         if isinstance(model, (str, Path)):
-            from detpost.integrations.transformers import load_detector
+            from detpost.integrations.load import load_detector
 
             loaded = load_detector(model)
             model, preprocessing = loaded.model, preprocessing or loaded.export_preprocessing

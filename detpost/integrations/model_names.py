@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from detpost.export.formats import ENDINGS
+from detpost.integrations.packages import PACKAGES, package_model
 
 __all__ = ["ModelName", "check_file", "look_up", "spelled_alike"]
 
@@ -19,12 +20,13 @@ class ModelName(NamedTuple):
     """A detector that is there, or may be on the hub.
 
     Args:
-        kind: ``"file"`` (of detpost's), ``"folder"`` (of transformers) or ``"hub"``.
+        kind: ``"file"`` (of detpost's), ``"folder"`` (of transformers), ``"hub"``, or ``"package"`` for
+            ``LIBRARY:MODEL``.
         name: as it was given.
-        path: of the file or folder; ``None`` for a hub id.
+        path: of the file or folder, or of a package's weights; ``None`` where there is none yet.
     """
 
-    kind: Literal["file", "folder", "hub"]
+    kind: Literal["file", "folder", "hub", "package"]
     name: str
     path: Path | None
 
@@ -33,7 +35,7 @@ def look_up(source: str | Path) -> ModelName:
     """Tell what a detector's name stands for, from the disk alone.
 
     Args:
-        source: ``"tiny"``, a path or a hub id.
+        source: ``"tiny"``, a path, a hub id, or ``LIBRARY:MODEL``.
 
     Returns:
         What it is.
@@ -51,6 +53,11 @@ def look_up(source: str | Path) -> ModelName:
         from detpost.zoo import TINY
 
         return ModelName("folder", name, TINY)
+    package = package_model(source)
+    if package is not None:
+        if package.weights is not None:
+            check_file(package.weights)
+        return ModelName("package", name, package.weights)
     if path.suffix in ENDINGS and not path.is_dir():
         check_file(path)
         return ModelName("file", name, path)
@@ -64,7 +71,8 @@ def look_up(source: str | Path) -> ModelName:
         raise OSError(f"no detector at {name!r}: {advice}, or name tiny, a transformers directory or a hub id")
     if not _HUB_ID.fullmatch(name) or path.suffix == ".safetensors":
         raise FileNotFoundError(
-            f"no detector at {name!r}: it is no file and no folder, and a hub id is owner/name{spelled_alike(name)}"
+            f"no detector at {name!r}: it is no file and no folder, a hub id is owner/name and a detector of a library "
+            f"{', '.join(f'{known}:MODEL' for known in PACKAGES)}{spelled_alike(name)}"
         )
     return ModelName("hub", name, None)
 

@@ -5,40 +5,19 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from detpost.images import MOST_PIXELS, FixedSize, Prepare, Preprocessing, Ready, Rows, shrunk, sizes_of
 from detpost.integrations.image_processors import patched, post_process_object_detection
+from detpost.integrations.loaded import LoadedDetector
 from detpost.integrations.model_names import ModelName, look_up, spelled_alike
 from detpost.spec import DecodeSpec, has_preset
 
 __all__ = ["LoadedDetector", "load_detector", "patched", "post_process_object_detection"]
-
-
-@dataclass(frozen=True)
-class LoadedDetector:
-    """A detector and all that running or exporting it takes.
-
-    Args:
-        model: images (B, 3, H, W) to an output with ``logits`` and ``pred_boxes``.
-        spec: how its outputs are decoded.
-        class_names: the name of each label.
-        preprocessing: the fixed-size preprocessing, or ``None`` where the input size follows the image.
-        export_preprocessing: the same scaling and normalisation at one size, for files whose input size is fixed.
-        prepare: uint8 images (3, H, W) to (images, image sizes (B, 2), pixel mask or ``None``).
-    """
-
-    model: nn.Module
-    spec: DecodeSpec
-    class_names: dict[int, str]
-    preprocessing: Preprocessing | None
-    export_preprocessing: Preprocessing
-    prepare: Prepare
 
 
 def load_detector(source: str | Path, *, trust_remote_code: bool = False) -> LoadedDetector:

@@ -77,6 +77,7 @@ def detect(
     max_pixels: int = MAX_PIXELS,
     workers: int | None = None,
     trust_remote_code: bool = False,
+    allow_pickle: bool = False,
     progress: Progress | None = None,
 ) -> Summary:
     """Detect in images and write the results; go on where an earlier run into the same folder stopped.
@@ -105,6 +106,7 @@ def detect(
         max_pixels: images with more are skipped.
         workers: threads that decode, and as many that draw; ``None`` takes one for each core, at most 4.
         trust_remote_code: as :meth:`detpost.Detector.load` takes it.
+        allow_pickle: as :meth:`detpost.Detector.load` takes it.
         progress: called with how many images are done and how many there are, at the start and after each batch.
 
     Returns:
@@ -140,7 +142,9 @@ def detect(
         if pending:
             from detpost.detector import Detector
 
-            detector = Detector.load(model, backend, device, threshold, trust_remote_code=trust_remote_code)
+            detector = Detector.load(
+                model, backend, device, threshold, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle
+            )
             _begin(journal, settings, detector, folder, fresh)
             kept = originals if draw else None
             reader = Reader(root, detector.prepare, batch_size, max_pixels, threads, memory, kept)

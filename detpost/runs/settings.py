@@ -6,11 +6,13 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from detpost.export.formats import format_of
-from detpost.integrations.model_names import look_up, spelled_alike
+from detpost.integrations.model_names import ModelName, look_up, spelled_alike
+from detpost.integrations.packages import package_model
 
 if TYPE_CHECKING:
     from detpost.spec import DecodeSpec
@@ -35,7 +37,9 @@ def settings_of(model: str | Path, backend: str, threshold: float, trust_remote_
         ImportError: a hub id without transformers; the message names the extra.
     """
     found = look_up(model)
-    if found.path is None:
+    if found.kind == "package":
+        identity = _of_library(found)
+    elif found.path is None:
         identity = f"commit {_hub_commit(found.name)}"
     else:
         identity = _digest(_model_files(found.path, trust_remote_code))
@@ -81,6 +85,17 @@ def _model_files(path: Path, trust_remote_code: bool) -> list[Path]:
         return [path, *format_of(path).files_beside(path)]
     endings = ["*.json", "*.safetensors", *(["*.py"] if trust_remote_code else [])]
     return sorted(file for ending in endings for file in path.glob(ending))
+
+
+def _of_library(found: ModelName) -> str:
+    """Give the library's version and its model's name, and what its weights are where they are a file."""
+    named = package_model(found.name)
+    assert named is not None
+    try:
+        release = version(named.package)
+    except PackageNotFoundError:
+        release = "not installed"
+    return f"{named.package} {release} {named.name} {'' if found.path is None else _digest([found.path])}".rstrip()
 
 
 def _hub_commit(name: str) -> str:

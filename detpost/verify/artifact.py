@@ -62,7 +62,7 @@ class Artifact:
     resizes: bool = False
 
 
-def open_artifact(source: Any) -> Artifact:
+def open_artifact(source: Any, allow_pickle: bool = False) -> Artifact:
     """Open a file, a module, a preset's name, or a source that :meth:`detpost.Detector.load` takes."""
     if isinstance(source, DetectionPostProcessor):
         return Artifact("DetectionPostProcessor", "post-processor", decode=_no_grad(source))
@@ -72,7 +72,7 @@ def open_artifact(source: Any) -> Artifact:
         )
     if isinstance(source, (str, Path)) and Path(source).suffix in ENDINGS:
         return _open_file(Path(source))
-    return _open_detector(source)
+    return _open_detector(source, allow_pickle)
 
 
 def _no_grad(module: DetectionPostProcessor) -> Decode:
@@ -83,10 +83,12 @@ def _no_grad(module: DetectionPostProcessor) -> Decode:
     return decode
 
 
-def _open_detector(source: Any) -> Artifact:
+def _open_detector(source: Any, allow_pickle: bool) -> Artifact:
     from detpost.detector import Detector
 
-    detector = source if isinstance(source, Detector) else Detector.load(source, device="cpu", threshold=0.0)
+    detector = source
+    if not isinstance(source, Detector):
+        detector = Detector.load(source, device="cpu", threshold=0.0, allow_pickle=allow_pickle)
 
     def detect(images: Sequence[Tensor], prepare: Prepare | None = None) -> Found:
         batch, sizes, mask = (prepare or detector.prepare)(_filled(images, detector.batch))

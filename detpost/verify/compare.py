@@ -124,6 +124,7 @@ def verify(
     num_queries: int | None = None,
     num_classes: int | None = None,
     threshold: float = 0.3,
+    allow_pickle: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> VerifyReport:
     """Compare an artifact with a reference.
@@ -139,6 +140,7 @@ def verify(
         num_queries: Q, where neither side fixes it.
         num_classes: C, where neither side fixes it.
         threshold: for detectors, detections above it must have a partner.
+        allow_pickle: as :meth:`detpost.Detector.load` takes it.
         progress: called with one line before each step.
 
     Returns:
@@ -157,7 +159,7 @@ def verify(
 
     say = progress or (lambda _: None)
     say("opening both")
-    one, other = open_artifact(artifact), open_artifact(reference)
+    one, other = (open_artifact(each, allow_pickle) for each in (artifact, reference))
     if one.kind != other.kind:
         raise ValueError(f"cannot compare a {one.kind} ({one.name}) with a {other.kind} ({other.name})")
     if one.kind == "post-processor":
