@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from detpost.detections import Detections
+from detpost.heads.found import Found
+from detpost.heads.segmenter import SegmenterModule
 from detpost.images import FixedSize, Prepare, Preprocessing, Ready, Untouched, opened
 from detpost.integrations.model_names import look_up
 from detpost.postprocess import DetectionPostProcessor, DetectorModule
@@ -26,6 +28,8 @@ BACKENDS = ("eager", "compile", "onnx", "openvino", "cudagraph")
 
 # images (B, 3, H, W), image sizes (B, 2), pixel mask (B, H, W) or None -> Detections
 Run = Callable[[Tensor, Tensor, "Tensor | None"], Detections]
+# The same, with what the detector gives beside boxes.
+Find = Callable[[Tensor, Tensor, "Tensor | None"], Found]
 
 
 class Detector:
@@ -43,6 +47,7 @@ class Detector:
         spec: how raw outputs are decoded, where that is known.
         preprocessing: the scaling and normalisation in ``prepare``, where that is known.
         prepare_as: where a file's preprocessing is an assumption, makes ``prepare`` of another one.
+        find: of detectors that give more than boxes, the same as ``run`` with all of it.
 
     Example:
         >>> detector = Detector.load("tiny", device="cpu")
@@ -61,8 +66,10 @@ class Detector:
         spec: DecodeSpec | None = None,
         preprocessing: Preprocessing | None = None,
         prepare_as: Callable[[Preprocessing], Prepare] | None = None,
+        find: Find | None = None,
     ) -> None:
         self.run = run
+        self.find: Find = find or (lambda images, sizes, mask: Found(run(images, sizes, mask)))
         self.prepare = prepare
         self.class_names = class_names
         self.device = device
@@ -130,15 +137,19 @@ class Detector:
         from detpost.integrations.load import load_detector
 
         loaded = load_detector(source, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
-        module = DetectorModule(loaded.model, DetectionPostProcessor(loaded.spec)).eval().to(place)
+        post = DetectionPostProcessor(loaded.spec)
+        made = SegmenterModule(loaded.model, post) if loaded.gives_masks else DetectorModule(loaded.model, post)
+        called = _in_backend(made.eval().to(place), backend, loaded.preprocessing is None)
+        find = _find_of(called) if loaded.gives_masks else None
         return cls(
-            _in_backend(module, backend, loaded.preprocessing is None),
+            called if find is None else lambda *inputs: find(*inputs).detections,
             loaded.prepare,
             loaded.class_names,
             place,
             threshold,
             spec=loaded.spec,
             preprocessing=loaded.export_preprocessing,
+            find=find,
         )
 
     def predict(self, images: Any, batch_size: int = 8) -> list[dict[str, Any]]:
@@ -151,7 +162,9 @@ class Detector:
 
         Returns:
             For each image ``scores`` (D,) float32, ``labels`` (D,) int64, ``label_names`` (a list of D) and ``boxes``
-            (D, 4) float32, xyxy in pixels of the original image, best first, on the CPU.
+            (D, 4) float32, xyxy in pixels of the original image, best first, on the CPU. Of a detector that gives
+            them, ``masks`` (D, height, width) bool in the image's own size, ``keypoints`` (D, N, 3) and
+            ``oriented_boxes`` (D, 5).
 
         Raises:
             OSError: a file that is missing or cannot be read as an image.
@@ -190,28 +203,32 @@ class Detector:
         with opened(source, max_pixels) as image:
             return self.prepare.one(image)
 
-    def predict_ready(self, images: Sequence[Ready]) -> list[dict[str, Any]]:
+    def predict_ready(self, images: Sequence[Ready], encode_masks: bool = False) -> list[dict[str, Any]]:
         """Detect in images that are ready, in one batch where the detector takes any number.
 
         Args:
             images: of :meth:`ready`.
+            encode_masks: give ``segmentations``, COCO's run lengths as JSON holds them, in place of ``masks``, which
+                are large.
 
         Returns:
             As :meth:`predict`.
         """
         size = self.batch or max(1, len(images))
         return [
-            row for start in range(0, len(images), size) for row in self._predict_batch(images[start : start + size])
+            row
+            for start in range(0, len(images), size)
+            for row in self._predict_batch(images[start : start + size], encode_masks)
         ]
 
-    def _predict_batch(self, images: Sequence[Ready]) -> list[dict[str, Any]]:
+    def _predict_batch(self, images: Sequence[Ready], encode_masks: bool) -> list[dict[str, Any]]:
         # A run that is fixed to a batch size gets the last image again where images run out.
         filled = [*images, *[images[-1]] * ((self.batch or len(images)) - len(images))]
         batch, sizes, mask = self.prepare.batch(filled)
         with torch.no_grad():
             placed_mask = None if mask is None else mask.to(self.device)
-            found = self.run(batch.to(self.device), sizes.to(self.device), placed_mask)
-        kept = Detections(*(values[: len(images)].cpu() for values in found))
+            found = self.find(batch.to(self.device), sizes.to(self.device), placed_mask).first(len(images))
+        kept = found.detections
         above = kept._replace(valid=kept.valid & (kept.scores > self.threshold))
         return [
             {
@@ -219,8 +236,9 @@ class Detector:
                 "labels": image["labels"],
                 "label_names": [self.class_names.get(label, str(label)) for label in image["labels"].tolist()],
                 "boxes": image["boxes"],
+                **found.beside_of(place, images[place].size, above.valid[place], encode_masks),
             }
-            for image in above.to_list()
+            for place, image in enumerate(above.to_list())
         ]
 
 
@@ -244,7 +262,21 @@ def _is_collection(images: Any) -> bool:
     return isinstance(images, Iterable)
 
 
-def _in_backend(module: DetectorModule, backend: str, dynamic_size: bool) -> Run:
+def _find_of(called: Callable[..., Any]) -> Find:
+    """Read what a :class:`SegmenterModule` gives in any backend."""
+
+    def find(images: Tensor, image_sizes: Tensor, pixel_mask: Tensor | None) -> Found:
+        detections, masks = called(images, image_sizes, pixel_mask)
+        content = None
+        if pixel_mask is not None:  # the image lies at the top left of a batch that is padded to the greatest
+            filled = pixel_mask.to(torch.bool)
+            content = torch.stack((filled.any(dim=2).float().mean(dim=1), filled.any(dim=1).float().mean(dim=1)), dim=1)
+        return Found(detections, masks, content=content)
+
+    return find
+
+
+def _in_backend(module: nn.Module, backend: str, dynamic_size: bool) -> Callable[..., Any]:
     if backend == "compile":
         from detpost.export.compiled import compile
 
@@ -265,6 +297,8 @@ def _through_file(
 
     loaded = load_detector(source, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
     known: dict[str, Any] = {"preprocessing": loaded.export_preprocessing, "class_names": loaded.class_names}
+    if loaded.gives_masks:
+        known |= {"masks": "network"}
     taken = next(entry for entry in FORMATS if entry.name == backend)
     with tempfile.TemporaryDirectory(prefix="detpost-") as folder:
         written = taken.write()(loaded.model, Path(folder) / f"model{taken.ending}", loaded.spec, **known)
@@ -294,8 +328,11 @@ def detector_of_file(opened: OpenedFile, threshold: float) -> Detector:
 
     feed = Feed.of(opened.path, opened.metadata, opened.inputs)
 
+    def find(images: Tensor, image_sizes: Tensor, pixel_mask: Tensor | None) -> Found:
+        return opened.found(opened.run(feed(images, image_sizes)), image_sizes, images)
+
     def run(images: Tensor, image_sizes: Tensor, pixel_mask: Tensor | None) -> Detections:
-        return opened.detections(opened.run(feed(images, image_sizes)), image_sizes, images)
+        return find(images, image_sizes, pixel_mask).detections
 
     preprocessing = recorded_preprocessing(opened.metadata)
     if preprocessing is None:
@@ -322,4 +359,5 @@ def detector_of_file(opened: OpenedFile, threshold: float) -> Detector:
         DecodeSpec(**opened.metadata["spec"]) if "spec" in opened.metadata else None,
         preprocessing,
         prepare_as if opened.metadata.get("preprocessing_assumed", False) else None,
+        find,
     )

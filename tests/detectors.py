@@ -1,6 +1,7 @@
 """Small detectors of every transformers family, with seeded random weights: no download, no exact ties.
 
-``FAMILIES`` take images; ``TEXT_FAMILIES`` take a prompt as well (:func:`prompt`).
+``FAMILIES`` take images, ``SEGMENTATION_FAMILIES`` give masks too; ``TEXT_FAMILIES`` take a prompt as well
+(:func:`prompt`).
 """
 
 from __future__ import annotations
@@ -269,7 +270,7 @@ def _dab_detr():
 def detector(family: str) -> nn.Module:
     """Build one in evaluation mode, its weights spread out: as made, many families score all queries the same."""
     torch.manual_seed(0)
-    model = (FAMILIES | TEXT_FAMILIES)[family]().eval()
+    model = (FAMILIES | TEXT_FAMILIES | SEGMENTATION_FAMILIES)[family]().eval()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -286,3 +287,25 @@ def prompt(family: str, batch: int) -> dict[str, torch.Tensor]:
     # One row for each image: [CLS] phrase . phrase . phrase . [SEP], in BERT's ids.
     row = torch.tensor([[101, 7, 8, 1012, 9, 1012, 11, 12, 1012, 102]]).repeat(batch, 1)
     return {"input_ids": row, "attention_mask": torch.ones_like(row), "token_type_ids": torch.zeros_like(row)}
+
+
+def _segmentation(name):
+    import transformers
+
+    # Its mask head wants the width and the heads together to be a multiple of 8.
+    config = _detr_like(name).config
+    config.update({"encoder_attention_heads": 8, "decoder_attention_heads": 8})
+    return getattr(transformers, f"{name}ForSegmentation")(config)
+
+
+def _rf_detr_with_masks():
+    from transformers import RfDetrForInstanceSegmentation
+
+    return RfDetrForInstanceSegmentation(_rf_detr().config)
+
+
+SEGMENTATION_FAMILIES = {
+    "detr_segmentation": lambda: _segmentation("Detr"),
+    "conditional_detr_segmentation": lambda: _segmentation("ConditionalDetr"),
+    "rf_detr_segmentation": _rf_detr_with_masks,
+}

@@ -45,6 +45,10 @@ BACKEND_HELP = "What runs a network: eager, compile, onnx, openvino or cudagraph
 FORMAT_HELP = "coco, jsonl, csv or parquet; may be repeated."
 CATEGORIES_HELP = "How classes find their category in the annotations: auto, name, order or label."
 IO_HELP = "What its runner takes: detpost (default), rtdetr, efficientnms, deepstream, ultralytics, frigate, roboflow."
+MASKS_HELP = "Give masks too: network in its own size (logits), image in pixels of the image (bool)."
+STYLE_HELP = "With --masks image, how they are read: rfdetr (logits, the default) or dfine_seg (probabilities)."
+KEYPOINTS_HELP = "Give keypoints too: pose for one skeleton a query, or how many each class has, as 0,17 (RF-DETR)."
+ORIENTED_HELP = "Give oriented boxes too, of the network's (B, Q, 5)."
 TIES_HELP = "Equal scores: exact (by default) in every runtime, or left to onnx."
 INSIDE_HELP = "Take uint8 images: scale (also without a value) scales and normalises inside, full resizes too."
 LETTERBOX_HELP = "With full: pad images with grey to keep their proportions."
@@ -182,7 +186,7 @@ def evaluate(
     results: Annotated[Path | None, typer.Option(help="COCO results file; or take --model and --images.")] = None,
     model: Annotated[str | None, typer.Option(help=MODEL_HELP)] = None,
     images: Annotated[Path | None, typer.Option(help="Folder of the ground truth's images.")] = None,
-    iou_type: Annotated[str, typer.Option(help="bbox, or segm for the masks of a results file.")] = "bbox",
+    iou_type: Annotated[str, typer.Option(help="bbox, or segm for masks.")] = "bbox",
     max_dets: Annotated[str, typer.Option(help="Most detections per image and category, three counts.")] = "1,10,100",
     per_class: Annotated[bool, typer.Option("--per-class", help="AP of each category too.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write it as JSON; - for standard output.")] = None,
@@ -210,14 +214,13 @@ def evaluate(
         assert model is not None
         assert images is not None
         look_up(model)
-        if iou_type != "bbox":
-            raise ValueError(f"a model is evaluated on boxes: --iou-type {iou_type} takes --results")
         _quiet_pillow()
         with show.progress("images", quiet) as tell, show.resumable(out):
             found, summary = evaluate_model(
                 annotations,
                 images,
                 out=out,
+                iou_type=iou_type,
                 threshold=threshold,
                 max_dets=counts,
                 model=model,
@@ -258,6 +261,10 @@ def export(
     size: Annotated[str | None, typer.Option(help="Network input as HEIGHTxWIDTH; the model's own by default.")] = None,
     queries: Annotated[bool, typer.Option(help="Give the query of each detection too.")] = False,
     keep_raw: Annotated[bool, typer.Option(help="Give pred_logits and pred_boxes too.")] = False,
+    masks: Annotated[str | None, typer.Option(help=MASKS_HELP)] = None,
+    mask_style: Annotated[str, typer.Option(help=STYLE_HELP)] = "rfdetr",
+    keypoints: Annotated[str | None, typer.Option(help=KEYPOINTS_HELP)] = None,
+    oriented: Annotated[bool, typer.Option(help=ORIENTED_HELP)] = False,
     preprocess_inside: Annotated[str | None, typer.Option(help=INSIDE_HELP)] = None,
     letterbox: Annotated[bool, typer.Option(help=LETTERBOX_HELP)] = False,
     antialias: Annotated[bool, typer.Option(help=ANTIALIAS_HELP)] = True,
@@ -287,6 +294,7 @@ def export(
         ties=ties,
         queries=queries or None,
         keep_raw=keep_raw or None,
+        **_heads(masks, mask_style, keypoints, oriented),
         preprocess_inside=preprocess_inside,
         resize=_resize(preprocess_inside == "full", letterbox, antialias),
         opset=opset,
@@ -328,6 +336,13 @@ def attach(
     ties: Annotated[str, typer.Option(help=TIES_HELP)] = "exact",
     queries: Annotated[bool, typer.Option(help="Give the query of each detection too.")] = False,
     keep_raw: Annotated[bool, typer.Option(help="Keep the raw outputs as pred_logits and pred_boxes.")] = False,
+    masks: Annotated[str | None, typer.Option(help=MASKS_HELP)] = None,
+    mask_style: Annotated[str, typer.Option(help=STYLE_HELP)] = "rfdetr",
+    mask_source: Annotated[str | None, typer.Option(help="Name of the raw masks; found by itself.")] = None,
+    keypoints: Annotated[str | None, typer.Option(help=KEYPOINTS_HELP)] = None,
+    keypoint_source: Annotated[str | None, typer.Option(help="Name of the raw keypoints; found by itself.")] = None,
+    oriented: Annotated[bool, typer.Option(help=ORIENTED_HELP)] = False,
+    oriented_source: Annotated[str | None, typer.Option(help="Name of the raw oriented boxes.")] = None,
     top_k: Annotated[int | None, typer.Option(help="Most detections per image.")] = None,
     score_threshold: Annotated[float | None, typer.Option(help="Detections at or below it are not valid.")] = None,
     preprocess_inside: Annotated[str | None, typer.Option(help="full takes uint8 images of any size.")] = None,
@@ -363,6 +378,9 @@ def attach(
             ties=cast(Any, ties),
             queries=queries,
             keep_raw=keep_raw,
+            **_heads(
+                masks, mask_style, keypoints, oriented, mask=mask_source, points=keypoint_source, boxes=oriented_source
+            ),
             preset=preset,
             image_size=_size(size),
             preprocessing=preprocessing,
@@ -451,6 +469,32 @@ def _detector(
     loaded = load_detector(model, **trust)
     spec = replace(loaded.spec, **overrides) if preset is None else DecodeSpec.preset(preset, **overrides)
     return loaded.model, spec, {"preprocessing": loaded.export_preprocessing, "class_names": loaded.class_names}
+
+
+def _heads(
+    masks: str | None,
+    style: str,
+    keypoints: str | None,
+    oriented: bool,
+    mask: str | None = None,
+    points: str | None = None,
+    boxes: str | None = None,
+) -> dict[str, Any]:
+    """Give what is asked for beside boxes, and nothing for what is not."""
+    if masks is None and keypoints is None and not oriented:
+        return {}
+    from detpost.export import KeypointHead, MaskHead, OrientedHead
+
+    found: dict[str, Any] = {}
+    if masks is not None:
+        found |= {"masks": MaskHead(cast(Any, masks), cast(Any, style), mask)}
+    if keypoints is not None:
+        counts = keypoints.split(",")
+        if keypoints != "pose" and not all(count.isdigit() for count in counts):
+            raise ValueError(f"--keypoints must be pose, or counts as 0,17; got {keypoints!r}")
+        per_class = None if keypoints == "pose" else tuple(map(int, counts))
+        found |= {"keypoints": KeypointHead(per_class, source=points)}
+    return {**found, **({"oriented": OrientedHead(source=boxes)} if oriented else {})}
 
 
 def _resize(inside: bool, letterbox: bool, antialias: bool) -> Any:

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from detpost.export.compiled import compile as compile
     from detpost.export.cuda_graph import CudaGraph as CudaGraph
     from detpost.export.front_graph import Resize as Resize
+    from detpost.export.heads import KeypointHead as KeypointHead
+    from detpost.export.heads import MaskHead as MaskHead
+    from detpost.export.heads import OrientedHead as OrientedHead
     from detpost.export.layouts import LAYOUTS as LAYOUTS
     from detpost.export.layouts import Layout as Layout
     from detpost.export.onnx import to_onnx as to_onnx
@@ -31,13 +34,16 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "CudaGraph": "detpost.export.cuda_graph:CudaGraph",
+    "KeypointHead": "detpost.export.heads:KeypointHead",
     "LAYOUTS": "detpost.export.layouts:LAYOUTS",
     "Layout": "detpost.export.layouts:Layout",
+    "MaskHead": "detpost.export.heads:MaskHead",
     # Of version 0.1, which had a class for each format.
     "OnnxExport": "detpost.export.written:WrittenFile",
     "OpenPackage": "detpost.export.packaged:OpenPackage",
     "OpenVinoExport": "detpost.export.written:WrittenFile",
     "OpenVinoModel": "detpost.export.openvino:OpenVinoModel",
+    "OrientedHead": "detpost.export.heads:OrientedHead",
     "PackageExport": "detpost.export.written:WrittenFile",
     # Stands above the formats, because it opens them; its public name stays here.
     "Resize": "detpost.export.front_graph:Resize",
@@ -56,9 +62,12 @@ _HOMES = {
 __all__ = [
     "LAYOUTS",
     "CudaGraph",
+    "KeypointHead",
     "Layout",
+    "MaskHead",
     "OpenPackage",
     "OpenVinoModel",
+    "OrientedHead",
     "Resize",
     "VerifyReport",
     "WrittenFile",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from detpost.export.files import replace_when_whole, write_onnx
 from detpost.export.graph import import_onnx
+from detpost.export.heads import Head, heads_to_dict
 from detpost.export.layouts import Layout
 from detpost.export.source import first_line
 from detpost.export.surgery import true_inputs
@@ -24,7 +25,12 @@ _PREFIX = "detpost."
 
 
 def describe(
-    spec: DecodeSpec, class_names: Mapping[int, str] | None, layout: Layout, ties: str, keep_raw: bool
+    spec: DecodeSpec,
+    class_names: Mapping[int, str] | None,
+    layout: Layout,
+    ties: str,
+    keep_raw: bool,
+    heads: tuple[Head, ...] = (),
 ) -> dict[str, Any]:
     """Give the metadata that lets a file be used without knowing where it came from."""
     return {
@@ -35,6 +41,7 @@ def describe(
         "layout": layout.to_dict(),
         "ties": ties,
         "raw_outputs": keep_raw,
+        **({"heads": heads_to_dict(heads)} if heads else {}),
     }
 
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
-
-import torch
 
 from detpost.export.artifact import describe, finish, recorded_metadata
 from detpost.export.beside import class_names_of
@@ -22,8 +20,11 @@ from detpost.export.front_graph import (
     without_sizes,
 )
 from detpost.export.graph import import_onnx
+from detpost.export.heads import Head, KeypointHead, MaskHead, MaskSize, OrientedHead, heads_of, output_names, raw_name
+from detpost.export.heads_graph import HEADS_OPSET
 from detpost.export.layouts import Layout, layout_of
-from detpost.export.raw_values import RawValues, find_raw_values
+from detpost.export.raw_heads import find_raw_heads
+from detpost.export.raw_values import find_raw_values
 from detpost.export.source import first_line
 from detpost.export.surgery import cut_behind, free_name, rename_values, true_inputs, value_names
 from detpost.export.weights import read_onnx
@@ -50,6 +51,9 @@ def attach(
     ties: Ties = "exact",
     queries: bool = False,
     keep_raw: bool = False,
+    masks: MaskSize | MaskHead | None = None,
+    keypoints: KeypointHead | None = None,
+    oriented: OrientedHead | None = None,
     preset: str | None = None,
     image_size: tuple[int, int] | None = None,
     preprocessing: Preprocessing | None = None,
@@ -75,7 +79,10 @@ def attach(
         io: what the file's runner takes and gives, as in :func:`to_onnx`; the images keep the source's name.
         ties: as in :func:`to_onnx`.
         queries: whether ``queries`` is an output too.
-        keep_raw: whether the raw outputs stay, as ``pred_logits`` and ``pred_boxes``.
+        keep_raw: whether the raw outputs stay, as ``pred_logits``, ``pred_boxes`` and those of heads.
+        masks: as in :func:`to_onnx`; their raw value is named in a :class:`MaskHead` where it is not found.
+        keypoints: likewise.
+        oriented: likewise.
         preset: the detector's family; ``None`` takes the first whose spec this is, or ``"rtdetr"``.
         image_size: (height, width) of the network input where the source leaves it free; ``None`` is 640 x 640.
         preprocessing: how images become the source's input, recorded for ``Detector.load`` and ``verify``; ``None``
@@ -120,6 +127,7 @@ def attach(
     preset = preset or name_of_preset(spec) or "rtdetr"
     properties = {entry.key: entry.value for entry in source.model.metadata_props}
     before = recorded_metadata(properties)
+    heads = heads_of(masks, keypoints, oriented)
     say("attaching the post-processing")
     attached = attach_graph(
         source.model,
@@ -130,6 +138,7 @@ def attach(
         ties=ties,
         queries=queries,
         keep_raw=keep_raw,
+        heads=heads,
         resized_inside=resize_inside is not None,
         folder=source.folder,
         recorded=before.get("raw_values"),
@@ -142,7 +151,7 @@ def attach(
     elif feed and not feed["preprocess_inside"]:
         feed = _leave_to_runner(attached.model, layout, feed)
     own = {"exporter": "attach", "raw_values": attached.raw_values, "num_classes": attached.num_classes}
-    metadata = {**describe(spec, names, layout, ties, keep_raw), **feed, **own}
+    metadata = {**describe(spec, names, layout, ties, keep_raw, heads), **feed, **own}
     say("checking and writing the file")
     notes = (*attached.notes, *images)
     return finish(
@@ -203,6 +212,7 @@ def attach_graph(
     ties: Ties = "exact",
     queries: bool = False,
     keep_raw: bool = False,
+    heads: Sequence[Head] = (),
     resized_inside: bool = False,
     folder: Path | None = None,
     recorded: Mapping[str, str] | None = None,
@@ -214,11 +224,14 @@ def attach_graph(
     values of ``PLACEMENT``, which the caller has still to write.
     """
     onnx = import_onnx()
-    model, notes = _at_least_opset(onnx, source, RESIZE_OPSET if resized_inside else OLDEST_OPSET)
+    least = RESIZE_OPSET if resized_inside else HEADS_OPSET if heads else OLDEST_OPSET
+    model, notes = _at_least_opset(onnx, source, least)
     if model.functions:
         model = onnx.inliner.inline_local_functions(model)
     raw, said = find_raw_values(model, spec, logits, boxes, folder=folder, recorded=recorded)
-    cut = cut_behind(model, (raw.logits, raw.boxes))
+    own = find_raw_heads(model, heads, raw, folder)
+    said = [*said, *(f"{raw_name(found.head)[5:]}: {name} {['B', *found.shape]}" for name, found in own.items())]
+    cut = cut_behind(model, (raw.logits, raw.boxes, *own))
     notes = [*notes, *said, *([f"cut off: {cut}"] if str(cut) else [])]
 
     layout = layout_of(io)
@@ -227,8 +240,10 @@ def attach_graph(
     if sizes is not None and sizes in input_names:
         sizes = free_name(sizes, value_names(model.graph))
         notes.append(f"the source has an input {layout.sizes} already: the image sizes are {sizes}")
-    named = (*layout.outputs, *([] if sizes is None else [sizes]), *(["queries"] if queries else []))
-    reserved = {*named, *(_RAW_OUTPUTS if keep_raw else ())}
+    of_heads = [name for head in heads for name in output_names(head)]
+    named = (*layout.outputs, *([] if sizes is None else [sizes]), *(["queries"] if queries else []), *of_heads)
+    kept_names = (*_RAW_OUTPUTS, *(raw_name(head) for head in heads))
+    reserved = {*named, *(kept_names if keep_raw else ())}
     clash = sorted(reserved & input_names)
     if clash:
         raise ValueError(f"the source has an input named {clash[0]!r}, which detpost needs for an output: rename it")
@@ -236,7 +251,7 @@ def attach_graph(
     renamed = {name: free_name(name, taken, "source_") for name in sorted(reserved & taken)}
     rename_values(model.graph, renamed)
     notes = [*notes, *(f"renamed the source's value {old} to {new}" for old, new in renamed.items())]
-    raw_names = (renamed.get(raw.logits, raw.logits), renamed.get(raw.boxes, raw.boxes))
+    raw_names = tuple(renamed.get(name, name) for name in (raw.logits, raw.boxes, *own))
 
     prefix = _free_prefix(model.graph)
     decode = decode_graph(
@@ -249,12 +264,17 @@ def attach_graph(
         queries=queries,
         input_size=PLACEMENT if resized_inside else _input_size(model),
         dtypes=raw.dtypes,
+        heads=tuple(own.values()),
         prefix=prefix,
     )
     of_sizes = {} if sizes is None or layout.sizes is None else {layout.sizes: sizes}
-    rename_values(decode.graph, {**dict(zip(_RAW_OUTPUTS, raw_names, strict=True)), **of_sizes})
-    merged = _merge(onnx, model, decode, raw, raw_names, prefix if keep_raw else None)
-    return Attached(merged, tuple(notes), {"logits": raw_names[0], "boxes": raw_names[1]}, raw.num_classes, sizes)
+    raw_values = [*decode.graph.input[: len(raw_names)]]
+    rename_values(decode.graph, {**dict(zip(kept_names, raw_names, strict=True)), **of_sizes})
+    kept = dict(zip(kept_names, raw_values, strict=True)) if keep_raw else {}
+    merged = _merge(onnx, model, decode, raw.batch, len(raw_names), kept, prefix)
+    found_names = {"logits": raw_names[0], "boxes": raw_names[1]}
+    found_names |= {raw_name(head): name for head, name in zip(heads, raw_names[2:], strict=True)}
+    return Attached(merged, tuple(notes), found_names, raw.num_classes, sizes)
 
 
 def _input_size(model: onnx.ModelProto) -> tuple[int, int] | str | None:
@@ -296,42 +316,36 @@ def _merge(
     onnx: Any,
     model: onnx.ModelProto,
     decode: onnx.ModelProto,
-    raw: RawValues,
-    raw_names: tuple[str, str],
-    raw_prefix: str | None,
+    batch: int | str,
+    raw_count: int,
+    kept: Mapping[str, onnx.ValueInfoProto],
+    prefix: str,
 ) -> onnx.ModelProto:
     """Append the decode graph's nodes to the model's and replace its outputs.
 
-    ``raw_prefix`` begins the names of the nodes that keep the raw outputs, which are dropped without one.
+    Of the decode's inputs the first ``raw_count`` are values of the model; ``kept`` are those that stay as outputs, by
+    their new names.
     """
     graph = model.graph
     final = list(decode.graph.output)
     taken = {value.name for value in graph.input} | {*PLACEMENT}
-    graph.input.extend(value for value in decode.graph.input[2:] if value.name not in taken)  # the image sizes
+    graph.input.extend(value for value in decode.graph.input[raw_count:] if value.name not in taken)  # the image sizes
     graph.node.extend(decode.graph.node)
     graph.initializer.extend(decode.graph.initializer)
-    if raw_prefix is not None:
-        shapes, kinds = (raw.logits_shape, raw.boxes_shape), map(_element_type, raw.dtypes)
-        for name, source_name, shape, kind in zip(_RAW_OUTPUTS, raw_names, shapes, kinds, strict=True):
-            graph.node.append(onnx.helper.make_node("Identity", [source_name], [name], name=f"{raw_prefix}{name}"))
-            final.append(onnx.helper.make_tensor_value_info(name, kind, shape))
+    for name, value in kept.items():
+        graph.node.append(onnx.helper.make_node("Identity", [value.name], [name], name=f"{prefix}{name}"))
+        output = onnx.ValueInfoProto()
+        output.CopyFrom(value)
+        output.name = name
+        final.append(output)
     del graph.output[:]
     graph.output.extend(final)
     added = [value for value in graph.input if value.name not in taken]
     for value in (*graph.output, *added):
-        _set_batch(value, raw.batch)
+        _set_batch(value, batch)
     own = [entry for entry in model.opset_import if entry.domain in ("", "ai.onnx")]  # others, onnx knows nothing of
     model.ir_version = max(model.ir_version, onnx.helper.find_min_ir_version_for(own))
     return model
-
-
-def _element_type(dtype: torch.dtype) -> int:
-    """Give ONNX's number of a floating dtype."""
-    from onnx import TensorProto
-
-    return int(
-        getattr(TensorProto, {"float32": "FLOAT", "float64": "DOUBLE"}.get(name := str(dtype)[6:], name.upper()))
-    )
 
 
 def _set_batch(value: onnx.ValueInfoProto, batch: int | str) -> None:

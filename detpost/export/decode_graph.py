@@ -7,7 +7,7 @@ float32 and int32; int64 only where ONNX demands it: shapes, the indices of TopK
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
@@ -18,6 +18,8 @@ from detpost.boxes import BoxFormat
 from detpost.detections import INVALID
 from detpost.export.front_graph import Placement
 from detpost.export.graph import Graph, Value, import_onnx
+from detpost.export.heads import MaskHead, OrientedHead, output_names, raw_name
+from detpost.export.heads_graph import HEADS_OPSET, Place, RawHead, Slots, write_head
 from detpost.export.layouts import LEAST_LOGIT, NO_LOGIT, Layout, layout_of
 from detpost.export.selection_graph import Chosen, Rows, finite_keys, select, select_by_runner
 from detpost.export.softmax_graph import shares
@@ -45,6 +47,7 @@ def decode_graph(
     input_size: tuple[int, int] | str | Placement | None = None,
     dtypes: tuple[torch.dtype, torch.dtype] = (torch.float32, torch.float32),
     dynamic_batch: bool = True,
+    heads: Sequence[RawHead] = (),
     prefix: str = "detpost/",
 ) -> onnx.ModelProto:
     """Write the graph ``pred_logits`` (B, Q, C), ``pred_boxes`` (B, Q, 4), perhaps sizes (B, 2) -> detections.
@@ -62,15 +65,18 @@ def decode_graph(
             graph, puts boxes in the image that was resized to it.
         dtypes: of logits and boxes as they come.
         dynamic_batch: whether B is free; else 1.
+        heads: what is given beside boxes; the raw value of each is an input, after the boxes.
         prefix: begins the name of every node and inner value.
 
     Returns:
         The checked model.
 
     Raises:
-        ValueError: a layout that needs ``input_size``, which is ``None``.
+        ValueError: a layout that needs ``input_size``, which is ``None``; heads that do not fit, or opset 11 with them.
     """
     layout = layout_of(io)
+    if heads and opset < HEADS_OPSET:
+        raise ValueError(f"masks, keypoints and oriented boxes need opset {HEADS_OPSET} or later; got {opset}")
     if layout.sizes is None and not layout.normalised and input_size is None:
         raise ValueError(
             f"io {layout.name!r} gives boxes in pixels of the network's input, whose size is not known: say image_size"
@@ -79,12 +85,14 @@ def decode_graph(
     g = decode.g
     found = decode.found(_widened(g, "pred_logits", dtypes[0], (num_queries, num_classes)))
     valid = decode.valid(found)
-    boxes = decode.boxes(found, valid, _widened(g, "pred_boxes", dtypes[1], (num_queries, 4)))
+    corners = decode.corners(found, _widened(g, "pred_boxes", dtypes[1], (num_queries, 4)))
+    boxes = decode.boxes(corners, valid)
     outputs = {**layout.outputs, **({"queries": "queries"} if queries else {})}
     values = {decode.output(held, found, valid, boxes): name for name, held in outputs.items()}
+    values |= decode.heads(heads, found, valid, corners)
     g.rename(values)
-    g.drop_unused(list(outputs))
-    return _model(decode, outputs, dtypes, "batch" if dynamic_batch else 1)
+    g.drop_unused([*outputs, *(name for raw in heads for name in output_names(raw.head))])
+    return _model(decode, outputs, dtypes, "batch" if dynamic_batch else 1, heads)
 
 
 class _Found(NamedTuple):
@@ -135,8 +143,8 @@ class _Decode:
             logits = g.node("Where", found.is_number, found.logits, float("-inf"))
             return g.node("Greater", logits, _threshold_logit(threshold))
 
-    def boxes(self, found: _Found, valid: Value, boxes: Value) -> Value:
-        """Write the boxes (B, K, 4) of the kept queries, in pixels or of an image of size 1, 0 where not valid.
+    def corners(self, found: _Found, boxes: Value) -> Value:
+        """Write the corners (4, B, K) of the kept queries, in pixels or of an image of size 1.
 
         As four tables of B rows of K numbers: ONNX Runtime handles many rows of four at a tenth of the speed.
         """
@@ -152,8 +160,29 @@ class _Decode:
                 sides = g.node("Mul", sides, limits)
             if self.spec.clip:
                 sides = g.node("Min", g.node("Max", sides, 0.0), 1.0 if limits is None else limits)
-            sides = _from_corners(g, sides, self.layout.box_format)
+            return sides
+
+    def boxes(self, corners: Value, valid: Value) -> Value:
+        """Write the boxes (B, K, 4) in the layout's format, 0 where not valid."""
+        g = self.g
+        with g.part("boxes"):
+            sides = _from_corners(g, corners, self.layout.box_format)
             return g.node("Transpose", g.node("Where", valid, sides, INVALID.box), perm=[1, 2, 0])
+
+    def heads(self, heads: Sequence[RawHead], found: _Found, valid: Value, corners: Value) -> dict[Value, str]:
+        """Write what is given beside boxes: the name of each output by its value."""
+        if not heads:
+            return {}
+        g = self.g
+        with g.part("heads"):
+            scores = g.node("Where", valid, found.scores, INVALID.score)
+            bound = self._limits()
+            if isinstance(self.input_size, Placement):
+                place: Place | None = Place(self.input_size.factor, self.input_size.shift, self.input_size.bound)
+            else:
+                place = None if bound is None else Place(bound, None, bound)
+        slots = Slots(found.queries, found.labels, scores, valid, corners, self.kept, place)
+        return {value: name for raw in heads for name, value in write_head(g, raw, raw_name(raw.head), slots).items()}
 
     def _limits(self) -> Value | None:
         """Write width, height, width, height (4, B or 1, 1); ``None`` where they are 1."""
@@ -418,6 +447,7 @@ def _model(
     outputs: Mapping[str, str | tuple[str, ...]],
     dtypes: tuple[torch.dtype, torch.dtype],
     batch: str | int,
+    heads: Sequence[RawHead],
 ) -> onnx.ModelProto:
     onnx = import_onnx()
     helper, kinds = onnx.helper, onnx.TensorProto
@@ -426,14 +456,17 @@ def _model(
         helper.make_tensor_value_info("pred_logits", _element_type(onnx, dtypes[0]), [batch, queries, decode.classes]),
         helper.make_tensor_value_info("pred_boxes", _element_type(onnx, dtypes[1]), [batch, queries, 4]),
     ]
+    inputs += [helper.make_tensor_value_info(raw_name(raw.head), raw.dtype, [batch, *raw.shape]) for raw in heads]
     if layout.sizes is not None:
         inputs.append(helper.make_tensor_value_info(layout.sizes, kinds.INT64, [batch, 2]))
     if isinstance(decode.input_size, Placement):
-        named = dict.fromkeys((*decode.input_size[:2], *([decode.input_size.bound] if decode.spec.clip else [])))
+        bounded = decode.spec.clip or any(decode.input_size.bound in node.input for node in g.nodes)
+        named = dict.fromkeys((*decode.input_size[:2], *([decode.input_size.bound] if bounded else [])))
         inputs += [helper.make_tensor_value_info(name, kinds.FLOAT, [4, 1, 1]) for name in named]
     elif isinstance(decode.input_size, str):
         inputs.append(helper.make_tensor_value_info(decode.input_size, kinds.FLOAT, [batch, 3, "height", "width"]))
     described = [_described(decode, name, held, batch) for name, held in outputs.items()]
+    described += [value for raw in heads for value in _of_head(decode, raw, batch)]
     graph = helper.make_graph(g.nodes, "detpost", inputs, described, g.constants)
     opsets = [helper.make_opsetid("", g.opset)]
     model = helper.make_model(
@@ -456,6 +489,28 @@ def _described(decode: _Decode, name: str, held: str | tuple[str, ...], batch: s
         dtype = dtypes.get(held, "float32")
         shape = [batch, 1] if held == "count" else [batch, kept, *lasts.get(held, [])]
     return helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(np.dtype(dtype)), shape)
+
+
+def _of_head(decode: _Decode, raw: RawHead, batch: str | int) -> list[onnx.ValueInfoProto]:
+    """Give dtype and shape of a head's outputs."""
+    from onnx import TensorProto, helper
+
+    head, slots = raw.head, [batch, decode.kept]
+    if isinstance(head, MaskHead):
+        at_image = head.size == "image"
+        sides = ["image_height", "image_width"] if at_image else raw.shape[1:]
+        dtype = TensorProto.BOOL if at_image else TensorProto.FLOAT
+        return [helper.make_tensor_value_info("masks", dtype, [*slots, *sides])]
+    if isinstance(head, OrientedHead):
+        return [helper.make_tensor_value_info("oriented_boxes", TensorProto.FLOAT, [*slots, 5])]
+    if head.per_class is not None:
+        shapes = [[*slots, max(head.per_class), 3], slots]
+    else:
+        shapes = [[*slots, int(raw.shape[1]) // (2 if len(raw.shape) == 2 else 1), 3]]
+    return [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
+        for name, shape in zip(output_names(head), shapes, strict=True)
+    ]
 
 
 def _element_type(onnx: Any, dtype: torch.dtype) -> int:

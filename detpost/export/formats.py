@@ -72,7 +72,7 @@ FORMATS = (
         "detpost.export.opened:open_pt2",
         takes_no=frozenset(
             {"dynamic_batch", "dynamic_size", "io", "ties", "queries", "keep_raw", "preprocess_inside", "resize"}
-            | {"opset", "exporter"}
+            | {"opset", "exporter", "masks", "keypoints", "oriented"}
         ),
     ),
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -23,6 +23,17 @@ from detpost.export.front_graph import (
     without_sizes,
 )
 from detpost.export.graph import import_onnx
+from detpost.export.heads import (
+    Head,
+    KeypointHead,
+    MaskHead,
+    MaskSize,
+    OrientedHead,
+    heads_of,
+    raw_name,
+    value_of_head,
+)
+from detpost.export.heads_graph import HEADS_OPSET, bare_heads
 from detpost.export.layouts import Layout, layout_of
 from detpost.export.runtime import onnx_session
 from detpost.export.source import ExportSource, evaluating, first_line
@@ -39,6 +50,7 @@ __all__ = ["to_onnx"]
 
 Exporter = Literal["auto", "torchscript", "dynamo"]
 Progress = Callable[[str], None]
+Dynamic = dict[str, dict[int, str]]
 
 # What ONNX Runtime, OpenVINO and TensorRT have all taken for years, and the newest that the older exporter is sure of.
 DEFAULT_OPSET = 17
@@ -58,6 +70,9 @@ def to_onnx(
     ties: Ties = "exact",
     queries: bool = False,
     keep_raw: bool = False,
+    masks: MaskSize | MaskHead | None = None,
+    keypoints: KeypointHead | None = None,
+    oriented: OrientedHead | None = None,
     preprocessing: Preprocessing | None = None,
     preprocess_inside: bool | Literal["scale", "full"] = False,
     resize: Resize | None = None,
@@ -93,7 +108,11 @@ def to_onnx(
         ties: ``"exact"`` resolves equal scores in the graph, so that every runtime chooses the same;
             ``"onnx"`` leaves them to ONNX's promise that TopK takes the lower index first, in a third of the nodes.
         queries: whether ``queries`` (B, K) int64 is an output too.
-        keep_raw: whether ``pred_logits`` and ``pred_boxes`` are outputs too.
+        keep_raw: whether ``pred_logits`` and ``pred_boxes`` are outputs too, and the raw values of heads.
+        masks: ``"network"`` or ``"image"``: ``masks`` of that size is an output too, see :class:`MaskHead`. The network
+            must return a mapping with ``pred_masks`` (B, Q, h, w); a post-processor alone has it as an input.
+        keypoints: likewise with ``pred_keypoints``, see :class:`KeypointHead`; of a whole detector alone.
+        oriented: likewise with ``pred_oriented_boxes`` (B, Q, 5), see :class:`OrientedHead`.
         preprocessing: for a plain module, how images become its input; recorded in the file.
         preprocess_inside: ``"scale"`` or ``True`` takes ``images`` as uint8 0..255, resized but neither scaled nor
             normalised; ``"full"`` takes them as they are, uint8 (B, 3, H, W) of any size, all of a batch of the same:
@@ -123,6 +142,9 @@ def to_onnx(
     _check_choices(ties, exporter, opset, preprocess_inside)
     if full and (dynamic_size or isinstance(model, DetectionPostProcessor)):
         raise ValueError("preprocess_inside='full' is for a whole detector with an input of one size")
+    heads = heads_of(masks, keypoints, oriented)
+    if heads and opset < HEADS_OPSET:
+        raise ValueError(f"masks, keypoints and oriented boxes need opset {HEADS_OPSET} or later; got {opset}")
     say = progress or (lambda _: None)
     if isinstance(model, DetectionPostProcessor):
         if num_queries is None or num_classes is None:
@@ -140,15 +162,16 @@ def to_onnx(
             queries=queries,
             input_size=image_size,
             dynamic_batch=dynamic_batch,
+            heads=bare_heads(heads, num_queries),
         )
         shape = {"num_classes": num_classes, "input_size": None if image_size is None else list(image_size)}
-        metadata = {**describe(spec or model.spec, class_names, layout, ties, keep_raw=False), **shape}
+        metadata = {**describe(spec or model.spec, class_names, layout, ties, False, heads), **shape}
         return finish(graph, Path(path), metadata, layout=layout, exporter="none")
     source = ExportSource.of(model, spec, image_size, preprocessing, class_names)
     with evaluating(source.model):
         version = max(opset, RESIZE_OPSET) if full else opset
         scaled = bool(preprocess_inside) and not full
-        raw = _export_network(source, version, exporter, dynamic_batch, dynamic_size, scaled, say)
+        raw = _export_network(source, version, exporter, dynamic_batch, dynamic_size, scaled, heads, say)
     say("attaching the post-processing")
     attached = attach_graph(
         raw.model,
@@ -159,6 +182,7 @@ def to_onnx(
         ties=ties,
         queries=queries,
         keep_raw=keep_raw,
+        heads=tuple(replace(head, source=raw_name(head)) for head in heads),
         resized_inside=full,
     )
     preprocessing, resize = source.preprocessing, resize or Resize()
@@ -168,7 +192,7 @@ def to_onnx(
         preprocessing = done_by_runner(layout, preprocessing)
         put_affine_in_front(attached.model, "images", source.preprocessing, preprocessing)
     metadata = {
-        **describe(source.spec, source.class_names, layout, ties, keep_raw),
+        **describe(source.spec, source.class_names, layout, ties, keep_raw, heads),
         "exporter": raw.exporter,
         "num_classes": attached.num_classes,
         "raw_values": attached.raw_values,
@@ -195,18 +219,20 @@ def _check_choices(ties: str, exporter: str, opset: int, preprocess_inside: bool
 
 
 class _RawNetwork(nn.Module):
-    """Images to (logits, boxes), with the scaling and normalisation in front on request."""
+    """Images to (logits, boxes, values of heads), with the scaling and normalisation in front on request."""
 
-    def __init__(self, model: nn.Module, preprocessing: Preprocessing | None) -> None:
+    def __init__(self, model: nn.Module, preprocessing: Preprocessing | None, heads: tuple[Head, ...] = ()) -> None:
         super().__init__()
         self.model = model
         self.preprocessing = preprocessing
+        self.heads = heads
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         if self.preprocessing is not None:
             images = self.preprocessing.normalise(images.to(torch.float32))
         with _PlainAttention():
-            return raw_outputs(self.model(images))
+            found = self.model(images)
+            return *raw_outputs(found), *(value_of_head(found, head) for head in self.heads)
 
 
 @dataclass(frozen=True)
@@ -223,22 +249,26 @@ def _export_network(
     dynamic_batch: bool,
     dynamic_size: bool,
     preprocess_inside: bool,
+    heads: tuple[Head, ...],
     say: Progress,
 ) -> _RawGraph:
     """Export the network with the first exporter whose graph agrees with PyTorch."""
     onnx = import_onnx()
-    network = _RawNetwork(source.model, source.preprocessing if preprocess_inside else None).eval()
+    network = _RawNetwork(source.model, source.preprocessing if preprocess_inside else None, heads).eval()
     device = next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
     dtype = torch.uint8 if preprocess_inside else torch.float32
     example = _images(2 if dynamic_batch else 1, source.image_size, dtype, seed=0).to(device)
     free = {0: "batch"} if dynamic_batch else {}
     dynamic = {"images": {**free, **({2: "height", 3: "width"} if dynamic_size else {})}}
-    dynamic |= {name: dict(free) for name in ("pred_logits", "pred_boxes")}
+    outputs = ("pred_logits", "pred_boxes", *map(raw_name, heads))
+    dynamic |= {name: dict(free) for name in outputs}
+    if dynamic_size and "pred_masks" in outputs:
+        dynamic |= {"pred_masks": {**free, 2: "mask_height", 3: "mask_width"}}
     failures: list[str] = []
     for name in _EXPORTERS if exporter == "auto" else (exporter,):
         say(f"exporting the network ({name} exporter)")
         try:
-            model = _EXPORTERS[name](network, example, dynamic, opset)
+            model = _EXPORTERS[name](network, example, outputs, dynamic, opset)
             onnx.checker.check_model(model, full_check=True)
             say("comparing the network with PyTorch")
             _compare_with_eager(network, model, source.image_size, dtype, device, dynamic_batch, dynamic_size)
@@ -250,19 +280,21 @@ def _export_network(
 
 
 def _torchscript(
-    network: nn.Module, example: Tensor, dynamic: dict[str, dict[int, str]], opset: int
+    network: nn.Module, example: Tensor, outputs: tuple[str, ...], dynamic: Dynamic, opset: int
 ) -> onnx.ModelProto:
     dynamic = {name: axes for name, axes in dynamic.items() if axes}
-    return export_torchscript(network, (example,), ("images",), ("pred_logits", "pred_boxes"), dynamic, opset)
+    return export_torchscript(network, (example,), ("images",), outputs, dynamic, opset)
 
 
-def _dynamo(network: nn.Module, example: Tensor, dynamic: dict[str, dict[int, str]], opset: int) -> onnx.ModelProto:
-    return export_dynamo(network, example, "images", ("pred_logits", "pred_boxes"), dynamic["images"], opset)
+def _dynamo(
+    network: nn.Module, example: Tensor, outputs: tuple[str, ...], dynamic: Dynamic, opset: int
+) -> onnx.ModelProto:
+    return export_dynamo(network, example, "images", outputs, dynamic["images"], opset)
 
 
 # In the order of trying: the older exporter takes every family of the presets with a free batch size, in a fraction of
 # the time.
-_EXPORTERS: dict[str, Callable[[nn.Module, Tensor, dict[str, dict[int, str]], int], Any]] = {
+_EXPORTERS: dict[str, Callable[[nn.Module, Tensor, tuple[str, ...], Dynamic, int], Any]] = {
     "torchscript": _torchscript,
     "dynamo": _dynamo,
 }

@@ -14,7 +14,9 @@ from torch import Tensor
 from detpost.detections import Detections
 from detpost.export.feed import InputKind
 from detpost.export.formats import format_of
+from detpost.export.heads import MaskHead, output_names, recorded_heads
 from detpost.export.layouts import recorded_layout
+from detpost.heads.found import Found
 
 __all__ = ["OpenedFile", "open_file", "open_ir", "open_onnx", "open_pt2"]
 
@@ -52,6 +54,29 @@ class OpenedFile:
         """
         height, width = (self.metadata.get("input_size") or (1, 1)) if images is None else images.shape[-2:]
         return recorded_layout(self.metadata).read(values, image_sizes, (int(height), int(width)))
+
+    def found(self, values: Mapping[str, Tensor], image_sizes: Tensor, images: Tensor | None = None) -> Found:
+        """Read the detections and what is given beside boxes.
+
+        Args:
+            values: of ``run``.
+            image_sizes: (B, 2), (height, width) of each image, pixels.
+            images: what was given to ``run``, (B, 3, H, W); ``None`` of a post-processor alone.
+        """
+        heads = recorded_heads(self.metadata)
+        masks = next((head for head in heads if isinstance(head, MaskHead)), MaskHead())
+        inside = self.metadata.get("preprocess_inside") == "full"
+        letterboxed = inside and (self.metadata.get("resize") or {}).get("letterbox", False)
+        preprocessing = self.metadata.get("preprocessing") or {}
+        names = [name for head in heads for name in output_names(head) if name != "masks" and name in values]
+        return Found(
+            self.detections(values, image_sizes, images),
+            values.get("masks") if heads else None,
+            masks.style,
+            {name: values[name] for name in names},
+            letterboxed=(preprocessing["height"], preprocessing["width"]) if letterboxed else None,
+            at_image=inside or recorded_layout(self.metadata).sizes is not None,
+        )
 
 
 def open_file(path: str | Path, device: str | torch.device | None = None) -> OpenedFile:

@@ -38,41 +38,49 @@ class Runtime:
 
 # By the dtype of the first input (of Where, the second).
 OPERATORS: Mapping[str, frozenset[str]] = {
+    "Abs": frozenset({"float"}),  # masks and keypoints alone, as what is marked so below
     "Add": frozenset({"float", "int32"}),
+    "And": frozenset({"bool"}),  # masks of dfine_seg, keypoints
     "ArgMax": frozenset({"float"}),  # ties="onnx" alone
     # int64: image sizes, and TopK's indices. Half precision and double: the network's outputs, where they are that.
     "Cast": frozenset({"bool", "float", "int32", "int64", "float16", "bfloat16", "double"}),
     "Clip": frozenset({"float"}),
-    "Concat": frozenset({"float"}),
+    "Concat": frozenset({"float", "bool"}),  # bool: masks
     "CumSum": frozenset({"float"}),
     "Div": frozenset({"float", "int32"}),
     "Equal": frozenset({"float"}),
+    "Exp": frozenset({"float"}),  # keypoints
     "Expand": frozenset({"int32"}),
     "Floor": frozenset({"float"}),
     "Gather": frozenset({"float", "int64"}),  # int64: of the sizes of images whose size is free
     "GatherElements": frozenset({"float", "int32"}),
+    # Masks, keypoints and oriented boxes, in the dtype that the network gives.
+    "GatherND": frozenset({"float", "float16", "bfloat16", "double"}),
     "Greater": frozenset({"float"}),
     "Less": frozenset({"float"}),
-    "Log": frozenset({"float"}),  # the layout with a logit for every class, of softmax heads
+    "Log": frozenset({"float"}),  # the layout with a logit for every class, of softmax heads; keypoints
+    "MatMul": frozenset({"float"}),  # masks in the size of the image
     "Max": frozenset({"float"}),
     "Min": frozenset({"float"}),
     "Mul": frozenset({"float", "int32"}),
     "Neg": frozenset({"float"}),
+    "Not": frozenset({"bool"}),  # masks of dfine_seg
     "Pad": frozenset({"float"}),
+    "Range": frozenset({"float"}),  # masks in the size of the image
     "ReduceMax": frozenset({"float"}),
     "ReduceMin": frozenset({"float"}),
     "ReduceSum": frozenset({"float"}),
     "Relu": frozenset({"float"}),
     "Reshape": frozenset({"float", "int32"}),
-    "Shape": frozenset({"float"}),  # of images whose size is free
+    "Shape": frozenset({"float"}),  # of images whose size is free, and of masks
     "Sigmoid": frozenset({"float"}),
-    "Slice": frozenset({"float"}),
+    "Slice": frozenset({"float", "int32", "bool"}),  # int32 and bool: masks, a few slots at a time
     "Softmax": frozenset({"float"}),  # ties="onnx" alone
     "Split": frozenset({"float"}),
     "Sub": frozenset({"float", "int32"}),
     "TopK": frozenset({"float"}),
     "Transpose": frozenset({"float"}),
-    "Unsqueeze": frozenset({"float", "int32"}),
+    "Unsqueeze": frozenset({"float", "int32", "int64", "bool"}),  # int64 and bool: of what GatherND takes and gives
     "Where": frozenset({"float", "int32"}),
 }
 
@@ -135,7 +143,10 @@ RUNTIMES: Mapping[str, Runtime] = {
         "takes the network; most of the decode runs on the CPU beside it",
         {
             (operator, "*"): _ON_CPU
-            for operator in ("CumSum", "Floor", "GatherElements", "Greater", "Less", "Min", "ReduceMin", "TopK")
+            for operator in (
+                *("CumSum", "Floor", "GatherElements", "Greater", "Less", "Min", "ReduceMin", "TopK"),
+                *("Abs", "And", "GatherND", "Not"),  # it takes GatherND with batch_dims of 0 alone
+            )
         },
     ),
     "litert": Runtime(

@@ -23,6 +23,7 @@ class LoadedDetector:
         preprocessing: the fixed-size preprocessing, or ``None`` where the input size follows the image.
         export_preprocessing: the same scaling and normalisation at one size, for files whose input size is fixed.
         prepare: uint8 images (3, H, W) to (images, image sizes (B, 2), pixel mask or ``None``).
+        gives_masks: whether its output is a mapping with ``pred_masks`` (B, Q, h, w) too.
     """
 
     model: nn.Module
@@ -31,6 +32,7 @@ class LoadedDetector:
     preprocessing: Preprocessing | None
     export_preprocessing: Preprocessing
     prepare: Prepare
+    gives_masks: bool = False
 
     @classmethod
     def of_one_size(

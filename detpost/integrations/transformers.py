@@ -53,7 +53,8 @@ def load_detector(source: str | Path, *, trust_remote_code: bool = False) -> Loa
         spec = DecodeSpec.from_config(known)
         with _in_one_line(found):
             # Safetensors alone: nothing is unpickled.
-            model, loading = transformers.AutoModelForObjectDetection.from_pretrained(
+            segmenter = _segmenter_of(transformers, config)
+            model, loading = (segmenter or transformers.AutoModelForObjectDetection).from_pretrained(
                 place, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **trust
             )
             missing = sorted(loading["missing_keys"])
@@ -69,7 +70,15 @@ def load_detector(source: str | Path, *, trust_remote_code: bool = False) -> Loa
         preprocessing=preprocessing,
         export_preprocessing=preprocessing or _at_size(processor, edge, edge),
         prepare=_Processor(processor) if preprocessing is None else FixedSize(preprocessing),
+        gives_masks=segmenter is not None,
     )
+
+
+def _segmenter_of(transformers: Any, config: Any) -> Any:
+    """Give the class of a detector that gives masks too, by the name that its config has for it; else ``None``."""
+    names = getattr(config, "architectures", None) or []
+    found = [name for name in names if name.endswith(("ForSegmentation", "ForInstanceSegmentation"))]
+    return getattr(transformers, found[0], None) if found else None
 
 
 @contextlib.contextmanager

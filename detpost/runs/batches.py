@@ -13,7 +13,10 @@ if TYPE_CHECKING:
     from detpost.detector import Detector
     from detpost.runs.reading import Loaded
 
-__all__ = ["detect_batch", "failure_text"]
+__all__ = ["BESIDE", "detect_batch", "failure_text"]
+
+# What a detector may give of each detection beside its box, and what a row of it is called in results.
+BESIDE = {"masks": "segmentation", "keypoints": "keypoints", "oriented_boxes": "oriented_box"}
 
 # What a network or a processor raises on an image that it cannot take, as one a pixel wide.
 _CANNOT_TAKE = (RuntimeError, ValueError, ZeroDivisionError)
@@ -65,7 +68,7 @@ def _predict(detector: Detector, images: Sequence[Ready]) -> list[dict[str, Any]
     if not images:
         return []
     try:
-        return [*detector.predict_ready(images)]
+        return [*detector.predict_ready(images, encode_masks=True)]
     except torch.OutOfMemoryError:
         raise
     except _CANNOT_TAKE as error:
@@ -87,4 +90,11 @@ def _row(loaded: Loaded, outcome: dict[str, Any] | Exception | str, image_id: in
     if isinstance(outcome, Exception):
         return {**row, "error": failure_text(outcome, (height, width))}
     values = {name: outcome[name].tolist() for name in ("scores", "labels", "boxes")}
-    return {**row, "width": width, "height": height, "names": outcome["label_names"], **values}
+    found = {"masks": outcome["segmentations"], **outcome} if "segmentations" in outcome else outcome
+    beside = {name: _plain(found[name]) for name in BESIDE if name in found}
+    return {**row, "width": width, "height": height, "names": outcome["label_names"], **values, **beside}
+
+
+def _plain(values: Any) -> Any:
+    """Give what JSON holds."""
+    return values.tolist() if hasattr(values, "tolist") else values

@@ -150,16 +150,18 @@ def evaluate_model(
     images: str | Path,
     *,
     out: str | Path | None = None,
+    iou_type: str = "bbox",
     threshold: float = 0.0,
     max_dets: Sequence[int] = (1, 10, 100),
     **options: Any,
 ) -> tuple[Evaluation, Summary]:
-    """Run a detector on the images of a ground truth and compute COCO's numbers on boxes.
+    """Run a detector on the images of a ground truth and compute COCO's numbers.
 
     Args:
         annotations: a COCO ground truth.
         images: the folder that its file names are relative to, or that holds the files themselves.
         out: folder for the results, to go on in if interrupted; ``None`` keeps nothing.
+        iou_type: ``"bbox"``, or ``"segm"`` for the masks of a detector that gives them.
         threshold: detections with ``score > threshold`` count.
         max_dets: three ascending counts.
         options: of :func:`detpost.detect.detect`: ``model``, ``backend``, ``device``, ``batch_size``, ``categories``,
@@ -171,7 +173,8 @@ def evaluate_model(
     Raises:
         ImportError: an optional package is missing; the message names the extra.
         OSError: a file or folder is missing.
-        ValueError: as of :func:`evaluate` and :func:`detpost.detect.detect`, or an image that is not in the folder.
+        ValueError: as of :func:`evaluate` and :func:`detpost.detect.detect`, or an image that is not in the folder,
+            or masks asked of a detector that gives none.
 
     Example:
         >>> from detpost.zoo import SAMPLES
@@ -181,13 +184,16 @@ def evaluate_model(
     """
     from detpost.runs.detect import detect
 
-    truth, _ = ground_truth(annotations, "bbox")
+    truth, _ = ground_truth(annotations, iou_type)
     found = _images_of(truth["images"], Path(images), annotations)
     _import_faster_coco_eval()  # before hours of detection, not after
     with tempfile.TemporaryDirectory(prefix="detpost-") as temporary:
         folder = Path(out or temporary)
         summary = detect(found, folder, threshold=threshold, formats=("coco",), annotations=annotations, **options)
-        return evaluate(annotations, folder / "detections.json", max_dets=max_dets), summary
+        rows = read_json(folder / "detections.json")
+        if iou_type == "segm" and not all("segmentation" in row for row in rows):
+            raise ValueError(f"{options.get('model', 'tiny')} gives no masks: evaluate it on boxes (--iou-type bbox)")
+        return evaluate(annotations, rows, iou_type=iou_type, max_dets=max_dets), summary
 
 
 def _images_of(images: Sequence[Mapping[str, Any]], folder: Path, annotations: str | Path) -> FoundImages:

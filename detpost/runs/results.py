@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from detpost.boxes import convert
+from detpost.runs.batches import BESIDE
 from detpost.runs.coco import match_categories
 from detpost.runs.parquet import TableWriter, import_pyarrow, schema, table_of
 
@@ -132,14 +133,15 @@ class Report:
                 continue
             boxes = torch.tensor(row["boxes"], dtype=torch.float32, device="cpu").reshape(-1, 4)
             corners = convert(boxes, "xyxy", "xywh").tolist()
-            masks = row.get("masks") or [None] * len(corners)
-            for score, label, box, mask in zip(row["scores"], row["labels"], corners, masks, strict=True):
+            beside = _beside(row)
+            for place, (score, label, box) in enumerate(zip(row["scores"], row["labels"], corners, strict=True)):
                 category = label if self.categories is None else self.categories.get(label)
                 if category is None:
                     continue
                 result = {"image_id": row["image_id"], "category_id": category, "bbox": box, "score": score}
-                if mask is not None:
-                    result = {**result, "segmentation": mask}
+                result |= {name: values[place] for name, values in beside.items()}
+                if "keypoints" in result:  # COCO's results have x, y, v in one row
+                    result |= {"keypoints": [number for point in result["keypoints"] for number in point]}
                 file.write(separator + json.dumps(result))
                 separator = ",\n"
         file.write("\n]\n")
@@ -152,7 +154,10 @@ class Report:
             if "error" not in row:
                 values = zip(row["labels"], row["names"], row["scores"], row["boxes"], strict=True)
                 names = ("label", "label_name", "score", "box")
-                image = {**image, "detections": [dict(zip(names, each, strict=True)) for each in values]}
+                found = [dict(zip(names, each, strict=True)) for each in values]
+                beside = _beside(row)
+                found = [{**each, **{n: v[place] for n, v in beside.items()}} for place, each in enumerate(found)]
+                image = {**image, "detections": found}
             file.write(json.dumps(image) + "\n")
 
     def _csv(self, file: Any) -> None:
@@ -176,6 +181,11 @@ class Report:
     def _skipped_csv(self, file: Any) -> None:
         table = csv.writer(file, lineterminator="\n")
         table.writerows([("file_name", "reason"), *self.skipped])
+
+
+def _beside(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Give what a row holds of each detection beside its box, by its name in results."""
+    return {name: row[held] for held, name in BESIDE.items() if row.get(held) is not None}
 
 
 def _batches(rows: Iterator[dict[str, Any]], size: int) -> Iterator[list[dict[str, Any]]]:

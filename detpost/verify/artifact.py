@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -12,13 +12,16 @@ from torch import Tensor
 
 from detpost.detections import Detections
 from detpost.export.formats import ENDINGS
+from detpost.export.heads import RAW_NAMES
 from detpost.export.layouts import recorded_layout
+from detpost.heads.found import Found as Whole
 from detpost.images import Preprocessing, Untouched
 from detpost.postprocess import DetectionPostProcessor
 from detpost.spec import DecodeSpec, presets
 
 if TYPE_CHECKING:
     from detpost.detector import Detector
+    from detpost.export.feed import InputKind
     from detpost.export.opened import OpenedFile
     from detpost.images import Prepare
 
@@ -29,10 +32,12 @@ Decode = Callable[[Tensor, Tensor, Tensor], Detections]
 
 @dataclass(frozen=True)
 class Found:
-    """Detections, and the raw outputs they came from where the artifact gives them."""
+    """Detections, the raw outputs they came from where the artifact gives them, and all that it gives with them."""
 
     detections: Detections
     raw: tuple[Tensor, Tensor, Tensor, DecodeSpec] | None = None
+    whole: Whole | None = None
+    raw_masks: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,8 @@ class Artifact:
         preprocessing: of a detector, how images become its input, where that is known.
         prepare_as: where that is an assumption, makes what ``detect`` takes of another preprocessing.
         resizes: of a detector, whether it resizes images itself, in its own runtime.
+        find: of a post-processor that gives masks: as ``decode``, to all that it gives, and raw masks.
+        spec: with it, what the decode does.
     """
 
     name: str
@@ -60,6 +67,8 @@ class Artifact:
     preprocessing: Preprocessing | None = None
     prepare_as: Callable[[Preprocessing], Prepare] | None = None
     resizes: bool = False
+    find: Callable[[Tensor, Tensor, Tensor], tuple[Whole, Tensor]] | None = None
+    spec: DecodeSpec | None = None
 
 
 def open_artifact(source: Any, allow_pickle: bool = False) -> Artifact:
@@ -93,8 +102,8 @@ def _open_detector(source: Any, allow_pickle: bool) -> Artifact:
     def detect(images: Sequence[Tensor], prepare: Prepare | None = None) -> Found:
         batch, sizes, mask = (prepare or detector.prepare)(_filled(images, detector.batch))
         with torch.no_grad():
-            found = detector.run(batch, sizes, mask)
-        return Found(Detections(*(part[: len(images)] for part in found)))
+            whole = detector.find(batch, sizes, mask).first(len(images))
+        return Found(whole.detections, whole=whole)
 
     return _artifact_of(detector, str(source), detect)
 
@@ -131,13 +140,28 @@ def _open_file(path: Path) -> Artifact:
     def detect(images: Sequence[Tensor], prepare: Prepare | None = None) -> Found:
         batch, sizes, _ = (prepare or detector.prepare)(_filled(images, detector.batch))
         values = opened.run(feed(batch, sizes))
-        kept = Detections(*(part[: len(images)].cpu() for part in opened.detections(values, sizes, batch)))
+        whole = opened.found(values, sizes, batch).first(len(images))
         if "pred_logits" not in values:
-            return Found(kept)
+            return Found(whole.detections, whole=whole)
         logits, boxes = (values[name][: len(images)] for name in ("pred_logits", "pred_boxes"))
-        return Found(kept, (logits, boxes, sizes[: len(images)], DecodeSpec(**opened.metadata["spec"])))
+        raw = (logits, boxes, sizes[: len(images)], DecodeSpec(**opened.metadata["spec"]))
+        return Found(whole.detections, raw, whole, values.get("pred_masks"))
 
     return _artifact_of(detector, str(path), detect)
+
+
+def raw_of_heads(inputs: Mapping[str, InputKind], batch: int) -> dict[str, Tensor]:
+    """Make up what a bare decode takes beside logits and boxes: the same numbers each time, masks of 12 by 10."""
+    generator = torch.Generator().manual_seed(1)
+    found: dict[str, Tensor] = {}
+    for name, (shape, dtype) in inputs.items():
+        if name in RAW_NAMES.values():
+            sizes = [
+                batch,
+                *(free if size is None else size for size, free in zip(shape[1:], (0, 12, 10), strict=False)),
+            ]
+            found |= {name: torch.randn(sizes, generator=generator).to(dtype)}
+    return found
 
 
 def _bare_decode(opened: OpenedFile) -> Artifact:
@@ -146,8 +170,17 @@ def _bare_decode(opened: OpenedFile) -> Artifact:
     def decode(logits: Tensor, boxes: Tensor, image_sizes: Tensor) -> Detections:
         sizes = image_sizes.flip(1) if layout.sizes_order == "wh" else image_sizes
         given = {"pred_logits": logits, "pred_boxes": boxes, **({layout.sizes: sizes} if layout.sizes else {})}
+        given |= raw_of_heads(opened.inputs, len(logits))
         return Detections(*(part.cpu() for part in opened.detections(opened.run(given), image_sizes)))
+
+    def find(logits: Tensor, boxes: Tensor, image_sizes: Tensor) -> tuple[Whole, Tensor]:
+        sizes = image_sizes.flip(1) if layout.sizes_order == "wh" else image_sizes
+        extra = raw_of_heads(opened.inputs, len(logits))
+        given = {"pred_logits": logits, "pred_boxes": boxes, **({layout.sizes: sizes} if layout.sizes else {}), **extra}
+        return opened.found(opened.run(given), image_sizes).first(len(logits)), extra["pred_masks"]
 
     batch, queries, classes = opened.inputs["pred_logits"][0]
     fixed = None if queries is None or classes is None else (queries, classes)
-    return Artifact(str(opened.path), "post-processor", decode=decode, shape=fixed, batch=batch)
+    spec = DecodeSpec(**opened.metadata["spec"])
+    masked = find if "pred_masks" in opened.inputs and "masks" in (opened.metadata.get("heads") or {}) else None
+    return Artifact(str(opened.path), "post-processor", decode=decode, shape=fixed, batch=batch, find=masked, spec=spec)

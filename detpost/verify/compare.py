@@ -18,6 +18,8 @@ from torch import Tensor
 
 from detpost.detections import Detections
 from detpost.export.layouts import NO_QUERIES
+from detpost.heads._gather import by_query
+from detpost.heads.found import Found
 from detpost.postprocess import DetectionPostProcessor
 from detpost.verify.matching import MOST_SCORE_DIFFERENCE, match_detections
 
@@ -25,6 +27,10 @@ __all__ = ["Check", "VerifyReport", "raw_cases", "verify"]
 
 SCORE_TOLERANCE = 1e-5
 BOX_TOLERANCE = 1e-5  # of the larger image side
+
+LEAST_MASK_IOU = 0.99
+MOST_MASK_PIXELS = 4  # whatever the IoU
+PLACE_TOLERANCE = 1e-3  # of the larger image side: keypoints and oriented boxes of two runtimes
 
 RESIZED_SCORE_DIFFERENCE = 0.02  # of whole detectors on images whose pixels differ by 1 here and there
 
@@ -185,6 +191,28 @@ def _check_raw(
         say(f"comparing on {name}")
         for part in _in_batches(case, min(batches, default=0)):
             yield _compare_slots(name, one.decode(*part), other.decode(*part), part[2])
+    for side in (one, other):
+        if side.find is not None:
+            yield _bare_masks(side, shape)
+
+
+def _bare_masks(side: Any, shape: tuple[int, int]) -> Check:
+    """Hold the masks of a bare decode to those that PyTorch makes of the same raw ones for its detections."""
+    generator = torch.Generator().manual_seed(0)
+    batch = side.batch or 2
+    logits, boxes = (torch.randn(batch, shape[0], last, generator=generator) for last in (shape[1], 4))
+    sizes = torch.tensor([[40, 56], [33, 24]]).repeat(batch, 1)[:batch]
+    made, raw = side.find(logits, boxes.sigmoid(), sizes)
+    # Layouts without queries: those of the decode in PyTorch, which `decode` was compared with.
+    found = made.detections
+    queries = DetectionPostProcessor(side.spec)(logits, boxes.sigmoid(), sizes).queries
+    plain = Found(found, by_query(raw, queries), made.style)
+    gaps = [
+        _mask_gap(_mask(made, slot, size, image), _mask(plain, slot, size, image))
+        for image, size in enumerate(map(tuple, sizes.tolist()))
+        for slot in torch.nonzero(found.valid[image])[:, 0].tolist()
+    ]
+    return _check_of_masks("masks", gaps)
 
 
 def _in_batches(case: tuple[Tensor, Tensor, Tensor], size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -232,17 +260,76 @@ def _check_images(
     for name, source in named:
         say(f"comparing on {name}")
         image = read_image(source)
+        size = int(image.shape[1]), int(image.shape[2])
         found, expected = (side.detect([image], prepare) for side, prepare in zip((one, other), prepares, strict=True))
         match = match_detections(found.detections, expected.detections, threshold, tolerance)[0]
         total = match.first + match.second
         details = [_BORROWED] * (prepares != [None, None]) + [_RESIZED] * (one.resizes != other.resizes)
         detail = "; ".join(details) if name == named[0][0] else ""
         yield Check(name, match.ok, total, total - match.matched, match.score_difference, match.box_difference, detail)
+        if found.whole is not None and expected.whole is not None:
+            yield from _compare_beside(name, found.whole, expected.whole, match.pairs, size)
         for side in (found, expected):
             if side.raw is not None:
                 logits, boxes, sizes, spec = side.raw
                 again = DetectionPostProcessor(spec)(logits, boxes, sizes)
                 yield _compare_slots(f"{name}: decode of its own raw outputs", side.detections, again, sizes)
+                yield from _masks_of_raw(f"{name}: masks of its own raw outputs", side, again, size)
+
+
+def _compare_beside(
+    name: str, one: Found, other: Found, pairs: Sequence[tuple[int, int]], size: tuple[int, int]
+) -> Iterator[Check]:
+    """Compare masks by their overlap, keypoints and oriented boxes by their places, of detections that are partners."""
+    places = [torch.nonzero(side.detections.valid[0])[:, 0] for side in (one, other)]
+    slots = [(int(places[0][first]), int(places[1][second])) for first, second in pairs]
+    if one.masks is not None and other.masks is not None:
+        gaps = [_mask_gap(_mask(one, first, size), _mask(other, second, size)) for first, second in slots]
+        yield _check_of_masks(f"{name}: masks", gaps)
+    for what in sorted(one.beside.keys() & other.beside.keys()):
+        differences = [(one.beside[what][0, a].double() - other.beside[what][0, b].double()).abs() for a, b in slots]
+        far = [float(difference.max()) for difference in differences if difference.numel()]
+        allowed = PLACE_TOLERANCE * max(size)
+        wrong = sum(gap > allowed for gap in far)
+        yield Check(f"{name}: {what}", not wrong, len(far), wrong, 0.0, max(far, default=0.0))
+
+
+def _masks_of_raw(name: str, side: Any, again: Detections, size: tuple[int, int]) -> Iterator[Check]:
+    """Hold the masks of a file that keeps its raw outputs to those that PyTorch makes of these."""
+    if side.raw_masks is None or side.whole.masks is None:
+        return
+    made = side.whole
+    gathered = by_query(side.raw_masks[:1].to(torch.float32), again.queries)
+    if made.masks.dtype != torch.bool:
+        expected = torch.where(again.valid[..., None, None], gathered, 0.0)
+        differing = int((made.masks != expected)[again.valid].flatten(1).any(dim=1).sum())
+        yield Check(name, not differing, int(again.valid.sum()), differing, 0.0, 0.0, "compared to the bit")
+        return
+    plain = Found(again, gathered, made.style, letterboxed=made.letterboxed)
+    slots = torch.nonzero(again.valid[0])[:, 0].tolist()
+    if made.at_image and made.letterboxed is None:
+        gaps = [_mask_gap(_mask(made, slot, size), _mask(plain, slot, size)) for slot in slots]
+        yield _check_of_masks(name, gaps)
+
+
+def _mask(found: Found, slot: int, size: tuple[int, int], image: int = 0) -> Tensor:
+    """Give the mask of a slot of an image in the image's size."""
+    return next(found.masks_of(image, size, torch.arange(found.detections.valid.shape[1]) == slot))[0]
+
+
+def _mask_gap(one: Tensor, other: Tensor) -> tuple[int, float]:
+    """Count the pixels in which masks differ, and give their overlap."""
+    union = int((one | other).sum())
+    return int((one != other).sum()), int((one & other).sum()) / union if union else 1.0
+
+
+def _check_of_masks(name: str, gaps: Sequence[tuple[int, float]]) -> Check:
+    """Make a check of the gaps of all masks: an IoU of a few pixels says little, so some may always differ."""
+    wrong = sum(overlap < LEAST_MASK_IOU and pixels > MOST_MASK_PIXELS for pixels, overlap in gaps)
+    equal = sum(pixels == 0 for pixels, _ in gaps)
+    lowest = min((overlap for _, overlap in gaps), default=1.0)
+    detail = f"{equal} of {len(gaps)} masks equal to the bit, the lowest IoU is {lowest:.4f}"
+    return Check(name, not wrong, len(gaps), wrong, 0.0, 0.0, detail)
 
 
 def _prepare_of(side: Any, reference: Any) -> Any:

@@ -32,6 +32,7 @@ class Match:
         matched: of both numbers together, how many have their partner on the other side.
         box_difference: greatest difference of a coordinate over matched pairs, in the unit of the boxes.
         score_difference: greatest difference of a score over matched pairs.
+        pairs: the slots of partners, of the first and of the second side's valid detections.
     """
 
     first: int
@@ -39,6 +40,7 @@ class Match:
     matched: int
     box_difference: float
     score_difference: float
+    pairs: tuple[tuple[int, int], ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -83,6 +85,7 @@ def _match_image(first: dict[str, Tensor], second: dict[str, Tensor], threshold:
     pairs = {(counted[0][row], column) for row, column in rows_served.items()}
     pairs |= {(row, counted[1][column]) for column, row in columns_served.items()}
     rows, columns = (torch.tensor([pair[side] for pair in pairs], dtype=torch.int64) for side in (0, 1))
+    # Detections come best first, so those above a score are the first ones.
     box_gap = (a["boxes"][rows] - b["boxes"][columns]).abs()
     score_gap = (a["scores"][rows] - b["scores"][columns]).abs()
     return Match(
@@ -91,6 +94,7 @@ def _match_image(first: dict[str, Tensor], second: dict[str, Tensor], threshold:
         matched=len(rows_served) + len(columns_served),
         box_difference=float(box_gap.max()) if pairs else 0.0,
         score_difference=float(score_gap.max()) if pairs else 0.0,
+        pairs=tuple(sorted(pairs)),
     )
 
 
