@@ -1,4 +1,7 @@
-"""The C++ kernels: one library that no Python and no PyTorch is compiled into. All else stands in pyproject.toml."""
+"""The C++: a library of kernels that no Python and no PyTorch is compiled into, and an extension that calls it quickly.
+
+All else stands in pyproject.toml.
+"""
 
 import importlib.machinery
 import shutil
@@ -12,6 +15,7 @@ from setuptools.command.build_ext import build_ext
 # Setuptools wants paths relative to this file, and the same order everywhere.
 ROOT = Path(__file__).parent
 KERNELS = Path("detpost/kernels")
+EXTENSION = "detpost._tensors"
 SOURCES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / KERNELS).rglob("*.cpp"))
 HEADERS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / KERNELS).rglob("*.h"))
 
@@ -29,7 +33,7 @@ if sys.platform == "win32":
 
 
 class BuildLibrary(build_ext):
-    """Build a plain shared library, which ctypes loads under any CPython."""
+    """Build a plain shared library, which ctypes loads under any CPython, and an extension for all from 3.11."""
 
     def finalize_options(self) -> None:
         """Take MinGW's compiler on Windows: the kernels are written with GCC's vector types, which MSVC has not."""
@@ -39,15 +43,19 @@ class BuildLibrary(build_ext):
 
     def get_ext_filename(self, fullname: str) -> str:
         """Leave the interpreter's tag out of the name."""
-        return str(Path(*fullname.split("."))) + importlib.machinery.EXTENSION_SUFFIXES[-1]
+        # Of the limited interface: its suffix says so, and an interpreter that has none passes it over.
+        suffixes = importlib.machinery.EXTENSION_SUFFIXES
+        limited = next((suffix for suffix in suffixes if ".abi3." in suffix), suffixes[-1])
+        suffix = limited if EXTENSION.endswith(fullname) else suffixes[-1]
+        return str(Path(*fullname.split("."))) + suffix
 
     def get_export_symbols(self, ext: Extension) -> list[str]:
-        """Ask for no ``PyInit`` function: there is none."""
-        return ext.export_symbols
+        """Ask the library for no ``PyInit`` function: there is none."""
+        return super().get_export_symbols(ext) if ext.name == EXTENSION else ext.export_symbols
 
     def get_libraries(self, ext: Extension) -> list[str]:
-        """Leave the interpreter's own library out, which Windows would link."""
-        return ext.libraries
+        """Leave out the library of this one interpreter, which Windows would link: the extension takes that of all."""
+        return [*ext.libraries, "python3"] if ext.name == EXTENSION and sys.platform == "win32" else ext.libraries
 
 
 class PlatformWheel(bdist_wheel):
@@ -69,7 +77,18 @@ setup(
             extra_compile_args=[*COMPILE, "-pthread"],
             extra_link_args=LINK,
             optional=True,
-        )
+        ),
+        # Optional again: without Python's headers the kernels are called through ctypes.
+        Extension(
+            EXTENSION,
+            sources=["detpost/_tensors.cpp"],
+            depends=HEADERS,
+            language="c++",
+            extra_compile_args=["-O2", "-std=c++17", "-fvisibility=hidden"],
+            extra_link_args=LINK,
+            py_limited_api=True,
+            optional=True,
+        ),
     ],
     cmdclass={"build_ext": BuildLibrary, "bdist_wheel": PlatformWheel},
 )

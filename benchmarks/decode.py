@@ -10,6 +10,8 @@ from torch import Tensor
 
 from benchmarks import peers
 from benchmarks.inputs import Case, Size, is_installed, no_grad, raw_outputs, with_kernel
+from detpost import kernels
+from detpost.kernels.cpu import decode as native
 from detpost.postprocess import DetectionPostProcessor
 
 __all__ = ["cold", "gradient", "padded", "softmax_lists", "to_lists", "trade_off"]
@@ -49,10 +51,15 @@ class _Read(torch.nn.Module):
 
 def to_lists(size: Size, device: str) -> dict[str, Case]:
     """Raw outputs to a list of dicts, the threshold included: what a user reads."""
-    logits, boxes, sizes = raw = raw_outputs(size, device)
+    raw = raw_outputs(size, device)
     post = DetectionPostProcessor.from_preset("rtdetr", top_k=KEPT, score_threshold=THRESHOLD)
-    own = no_grad(lambda i: post(logits[i], boxes[i], sizes).to_list())
-    return _forms(own, device) | peers.sigmoid_lists(size, raw, KEPT, THRESHOLD)
+    return _to_lists(post, raw, device) | peers.sigmoid_lists(size, raw, KEPT, THRESHOLD)
+
+
+def _to_lists(post: DetectionPostProcessor, raw: peers.Raw, device: str) -> dict[str, Case]:
+    logits, boxes, sizes = raw
+    contenders = _forms(no_grad(lambda i: post(logits[i], boxes[i], sizes).to_list()), device)
+    return contenders | {"detpost (per_image)": no_grad(lambda i: post.per_image(logits[i], boxes[i], sizes))}
 
 
 def softmax_lists(size: Size, device: str) -> dict[str, Case]:
@@ -62,8 +69,7 @@ def softmax_lists(size: Size, device: str) -> dict[str, Case]:
     peaked = [values * 2 + torch.nn.functional.one_hot(torch.tensor(size[2] - 1), size[2]) * 4 for values in logits]
     raw = (peaked, boxes, sizes)
     post = DetectionPostProcessor.from_preset("detr", score_threshold=0.1)
-    own = no_grad(lambda i: post(peaked[i], boxes[i], sizes).to_list())
-    return _forms(own, device) | peers.detr_lists(raw, 0.1)
+    return _to_lists(post, raw, device) | peers.detr_lists(raw, 0.1)
 
 
 def gradient(size: Size, device: str) -> dict[str, Case]:
@@ -123,6 +129,11 @@ def cold(size: Size, device: str) -> dict[str, Case]:
     post = DetectionPostProcessor.from_preset("rtdetr", top_k=KEPT)
     own = no_grad(lambda i: post(logits[i], boxes[i], sizes))
     contenders: dict[str, Case] = {"detpost": own, "detpost, cold": Cold(own)}
+    if kernels.kernel_for(device) == "native":  # the same kernel, called in other ways
+        contenders |= {
+            "detpost (ctypes)": no_grad(lambda i: native.decode(logits[i], boxes[i], sizes, post.spec)),
+            "detpost (operator)": no_grad(lambda i: native.decode_as_operator(logits[i], boxes[i], sizes, post.spec)),
+        }
     theirs = peers.sigmoid_lists(size, raw, KEPT, 0.0)
     contenders |= {f"{name}, cold": Cold(case) for name, case in theirs.items() if name != "RF-DETR"}
     contenders |= {"read of the logits": no_grad(lambda i: logits[i].amax())}
@@ -148,7 +159,7 @@ def trade_off(size: Size, device: str) -> dict[str, Case]:
 
 
 def drop_in(library: str) -> Any:
-    """Give the maker of a task: detpost's stand-in beside the call that it replaces."""
+    """Give the maker of a task: detpost's stand-in beside the call that it replaces, to lists; one image cold, too."""
     makers = {
         "transformers, sigmoid": _transformers_sigmoid,
         "transformers, softmax": _transformers_softmax,
@@ -157,7 +168,15 @@ def drop_in(library: str) -> Any:
         "RF-DETR": _rfdetr,
         "Ultralytics": _ultralytics,
     }
-    return makers[library]
+    make = makers[library]
+
+    def warm_and_cold(size: Size, device: str) -> dict[str, Case]:
+        contenders: dict[str, Case] = make(size, device)
+        if size[0] > 1 or size[1] * size[2] > 300 * 80:
+            return contenders
+        return contenders | {f"{name}, cold": Cold(case) for name, case in contenders.items()}
+
+    return warm_and_cold
 
 
 def _transformers_sigmoid(size: Size, device: str) -> dict[str, Case]:
@@ -197,10 +216,18 @@ def _rtdetr(size: Size, device: str) -> dict[str, Case]:
     from detpost.integrations.rtdetr import RTDETRPostProcessor
 
     logits, boxes, sizes = raw = raw_outputs(size, device)
-    post = RTDETRPostProcessor(num_classes=size[2], num_top_queries=KEPT).deploy()
+    post = RTDETRPostProcessor(num_classes=size[2], num_top_queries=KEPT)
     swapped = sizes.flip(-1)
-    own = no_grad(lambda i: post({"pred_logits": logits[i], "pred_boxes": boxes[i]}, swapped))
-    return {"detpost": own} | _only(peers.sigmoid_lists(size, raw, KEPT, 0.0), "RT-DETR (in place)")
+    contenders = {"detpost": no_grad(lambda i: post({"pred_logits": logits[i], "pred_boxes": boxes[i]}, swapped))}
+    for name, case in _only(peers.sigmoid_lists(size, raw, KEPT, 0.0), "RT-DETR (in place)").items():
+        contenders |= {name: lambda i, case=case: _dicts(*case(i))}  # type: ignore[misc]
+    return contenders
+
+
+def _dicts(labels: Tensor, boxes: Tensor, scores: Tensor) -> list[dict[str, Tensor]]:
+    """Make RT-DETR's list, as its own post-processor does behind the decode."""
+    images = zip(labels, boxes, scores, strict=True)
+    return [{"labels": label, "boxes": box, "scores": score} for label, box, score in images]
 
 
 def _rfdetr(size: Size, device: str) -> dict[str, Case]:

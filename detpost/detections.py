@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import _register_namedtuple
 
+from detpost import tensors
 from detpost.boxes import convert
 
 __all__ = ["INVALID", "Detections", "clear_invalid", "split_by_image"]
@@ -60,9 +61,12 @@ class Detections(NamedTuple):
             >>> post(logits, boxes, torch.tensor([[10, 20]])).to_list()[0]["boxes"]
             tensor([[ 0.,  0., 20., 10.]])
         """
-        images = split_by_image(self.valid, self.scores, self.labels, self.boxes, self.queries)
         names = ("scores", "labels", "boxes", "queries")
-        return [dict(zip(names, image, strict=True)) for image in images]
+        values = self.scores, self.labels, self.boxes, self.queries
+        found = tensors.split(names, self.valid, *values)
+        if found is not None:
+            return found
+        return [dict(zip(names, image, strict=True)) for image in _split(self.valid, *values)]
 
     def to_coco(
         self, image_ids: Sequence[int | str], category_ids: Sequence[int] | Mapping[int, int] | None = None
@@ -153,7 +157,7 @@ class Detections(NamedTuple):
 
 
 def split_by_image(valid: Tensor, *values: Tensor) -> list[tuple[Tensor, ...]]:
-    """Split values by image and leave out what is not valid: a few operators for the whole batch.
+    """Split values by image and leave out what is not valid, the whole batch at once.
 
     Args:
         valid: (B, K), bool; read on the host.
@@ -166,6 +170,12 @@ def split_by_image(valid: Tensor, *values: Tensor) -> list[tuple[Tensor, ...]]:
         >>> split_by_image(torch.tensor([[True, False], [True, True]]), torch.tensor([[1, 2], [3, 4]]))
         [(tensor([1]),), (tensor([3, 4]),)]
     """
+    found = tensors.split(None, valid, *values)
+    return _split(valid, *values) if found is None else found
+
+
+def _split(valid: Tensor, *values: Tensor) -> list[tuple[Tensor, ...]]:
+    """Split as :func:`split_by_image` does, in PyTorch's operators."""
     counts = valid.sum(dim=1).tolist()  # detpost: allow DP010: lists are made on the host
     if all(count == valid.shape[1] for count in counts):
         return list(zip(*(rows.clone().unbind(0) for rows in values), strict=True))

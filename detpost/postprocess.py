@@ -42,6 +42,7 @@ class DetectionPostProcessor(nn.Module):
         if not isinstance(spec, DecodeSpec):
             raise TypeError(f"spec must be a DecodeSpec; got {type(spec).__name__}: DecodeSpec.preset('rtdetr') is one")
         self.spec = spec
+        self._direct = kernels.DirectDecode(spec)
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> DetectionPostProcessor:
@@ -81,8 +82,41 @@ class DetectionPostProcessor(nn.Module):
             ValueError: shapes that do not fit, or tensors on different devices.
             TypeError: tensors of a wrong dtype.
         """
+        # Most calls need no more: what is not as most are is checked and dispatched.
+        found = None if torch.compiler.is_compiling() else self._at_once().decode(logits, boxes, image_sizes)
+        if found is not None:
+            return found
         _check(logits, boxes, image_sizes)
         return kernels.decode(logits, boxes, image_sizes, self.spec)
+
+    def per_image(self, logits: Tensor, boxes: Tensor, image_sizes: Tensor | None = None) -> list[dict[str, Tensor]]:
+        """Decode a batch into one dict per image: ``forward(...).to_list()`` without the padded tensors between.
+
+        Args:
+            logits: (B, Q, C), as :meth:`forward` takes them.
+            boxes: (B, Q, 4).
+            image_sizes: (B, 2), (height, width) in pixels of each original image, or ``None``.
+
+        Returns:
+            As :meth:`Detections.to_list`: for each image ``scores`` (D,), ``labels`` (D,), ``boxes`` (D, 4) and
+            ``queries`` (D,), its D valid detections, best first. Reads on the host how many there are.
+
+        Raises:
+            ValueError: shapes that do not fit, or tensors on different devices.
+            TypeError: tensors of a wrong dtype.
+
+        Example:
+            >>> post = DetectionPostProcessor.from_preset("rtdetr", top_k=2, score_threshold=0.5)
+            >>> post.per_image(torch.tensor([[[2.0, -2.0]]]), torch.tensor([[[0.5, 0.5, 1.0, 1.0]]]))[0]["labels"]
+            tensor([0])
+        """
+        found = None if torch.compiler.is_compiling() else self._at_once().dicts(logits, boxes, image_sizes)
+        return self.forward(logits, boxes, image_sizes).to_list() if found is None else found
+
+    def _at_once(self) -> kernels.DirectDecode:
+        if self._direct.spec is not self.spec:
+            self._direct = kernels.DirectDecode(self.spec)
+        return self._direct
 
     def extra_repr(self) -> str:
         """Show the spec in ``repr``."""

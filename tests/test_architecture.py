@@ -11,7 +11,7 @@ import detpost
 PACKAGE = Path(detpost.__file__).parent
 # From the bottom up; a module imports from its own floor and from those below it.
 FLOORS = (
-    ("boxes", "spec", "detections", "images", "image_files", "zoo"),
+    ("tensors", "boxes", "spec", "detections", "images", "image_files", "zoo"),
     ("reference",),
     ("kernels",),
     ("selection", "postprocess", "nms", "fusion", "heads"),

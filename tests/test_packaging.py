@@ -36,7 +36,7 @@ def names(requirements):
 def build_wheel(folder, **environment):
     """Build a wheel from a copy of the checkout, so that no earlier build is found in it."""
     source = folder / "source"
-    leave_out = shutil.ignore_patterns("_native*", "__pycache__", "*.egg-info")
+    leave_out = shutil.ignore_patterns("*.so", "*.pyd", "__pycache__", "*.egg-info")
     shutil.copytree(ROOT / "detpost", source / "detpost", ignore=leave_out)
     for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
@@ -61,11 +61,19 @@ def test_a_wheel_serves_every_python_of_its_platform(tmp_path):
     with zipfile.ZipFile(wheel) as opened:
         (library,) = [name for name in opened.namelist() if "/_native" in name]
         assert re.fullmatch(r"detpost/kernels/cpu/_native\.(so|pyd)", library)
+        (extension,) = [name for name in opened.namelist() if "/_tensors" in name]
+        assert re.fullmatch(r"detpost/_tensors\.(abi3\.so|pyd)", extension)
         assert not [name for name in opened.namelist() if name.endswith((".cpp", ".h"))]
         loaded = opened.extract(library, tmp_path)
+        names = set(re.findall(rb"\b_?Py[A-Z_]\w+", Path(opened.extract(extension, tmp_path)).read_bytes()))
     ctypes.CDLL(loaded).detpost_interface()
     # Without a name of CPython's in it there is nothing that another version could lack.
     assert not re.search(rb"Py[A-Z_]\w+|libpython", Path(loaded).read_bytes())
+    # The extension keeps to the limited interface, of whose private names there are these.
+    assert b"PyModule_Create2" in names
+    assert {name for name in names if name.startswith(b"_Py")} <= {
+        *(b"_Py_Dealloc", b"_Py_NoneStruct", b"_Py_TrueStruct", b"_Py_FalseStruct")
+    }
 
 
 @pytest.mark.slow
@@ -74,7 +82,7 @@ def test_without_a_compiler_there_is_a_wheel_all_the_same(tmp_path):
     wheel, _ = build_wheel(tmp_path, CC="false", CXX="false")
     with zipfile.ZipFile(wheel) as opened:
         assert "detpost/__init__.py" in opened.namelist()
-        assert not [name for name in opened.namelist() if "/_native" in name]
+        assert not [name for name in opened.namelist() if "/_native" in name or "/_tensors" in name]
 
 
 def test_every_dependency_of_the_main_environment_is_pinned():

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
+from detpost import kernels
 from detpost.detections import split_by_image
 from detpost.integrations.conventions import (
     KindError,
@@ -31,6 +32,7 @@ __all__ = ["patched", "post_process_object_detection"]
 
 _Processor = TypeVar("_Processor")
 _METHOD = "post_process_object_detection"
+_NAMES = ("scores", "labels", "boxes")
 
 
 @dataclass(frozen=True)
@@ -184,9 +186,14 @@ def _method(processor_class: Any, decode: _Decode) -> Callable[..., list[dict[st
     """Make the method that stands in for the class's own, with its signature and defaults."""
     original = getattr(processor_class, _METHOD)
     signature = inspect.signature(original)
+    defaults = {parameter.name: parameter.default for parameter in list(signature.parameters.values())[2:]}
+    usual = defaults.keys() == {"threshold", "target_sizes", *decode.takes}
 
     @functools.wraps(original)
     def stand_in(*arguments: Any, **named: Any) -> list[dict[str, Tensor]]:
+        # As most calls are: binding takes as long as decoding.
+        if usual and len(arguments) == 2 and named.keys() <= defaults.keys():
+            return _post_process(decode, arguments[1], **{**defaults, **named})
         given = signature.bind(*arguments, **named)
         given.apply_defaults()
         return _post_process(decode, *given.args[1:], **given.kwargs)
@@ -206,17 +213,19 @@ def _post_process(
     if not (hasattr(outputs, "logits") and hasattr(outputs, "pred_boxes")):
         raise KindError(f"outputs must have logits and pred_boxes as attributes; got {type(outputs).__name__}")
     logits, boxes = outputs.logits, outputs.pred_boxes
+    top_k = options.get("top_k")
+    preset = decode.preset if options.get("use_focal_loss", True) else "detr"
+    if not decode.square and type(threshold) in (float, int) and (top_k is None or (type(top_k) is int and top_k > 0)):
+        direct, by_query = _direct(preset, decode.top_k if top_k is None else top_k)
+        dicts = direct.dicts(logits, boxes, target_sizes, _NAMES, threshold=threshold, by_query=by_query)
+        if dicts is not None:
+            return dicts
     check_outputs(logits, boxes)
     check_threshold(threshold, "threshold")
     queries = max(1, logits.shape[1])
-    top_k = options.get("top_k")
     if isinstance(top_k, int) and not isinstance(top_k, bool) and top_k < 1:
         raise MisfitError(f"top_k must be at least 1; got {top_k}")
-    spec = DecodeSpec.preset(
-        decode.preset if options.get("use_focal_loss", True) else "detr",
-        top_k=top_k if top_k is not None else decode.top_k or queries,
-        clip=False,  # transformers' RF-DETR does not, though RF-DETR's own package does
-    )
+    spec = _spec(preset, top_k if top_k is not None else decode.top_k or queries)
     sizes = None if target_sizes is None else size_rows(target_sizes, logits, "target_sizes")
     if sizes is not None and decode.square:
         sizes = sizes.amax(dim=1, keepdim=True).expand(-1, 2)
@@ -224,7 +233,18 @@ def _post_process(
     if spec.selection == "per_query":
         found = in_query_order(found, queries)
     images = split_by_image(found.valid & (found.scores > threshold), found.scores, found.labels, found.boxes)
-    return [dict(zip(("scores", "labels", "boxes"), image, strict=True)) for image in images]
+    return [dict(zip(_NAMES, image, strict=True)) for image in images]
+
+
+def _spec(preset: str, top_k: int) -> DecodeSpec:
+    return DecodeSpec.preset(preset, top_k=top_k, clip=False)  # RF-DETR's own package clips; transformers' does not
+
+
+@functools.lru_cache(maxsize=64)
+def _direct(preset: str, top_k: int | None) -> tuple[kernels.DirectDecode, bool]:
+    """Make the decode of plain calls, and say whether it gives the order of the queries; ``None`` keeps them all."""
+    spec = _spec(preset, top_k or 1)
+    return kernels.DirectDecode(spec, top_k=top_k or 0, takes_pairs=True), spec.selection == "per_query"
 
 
 def _decode_of(family: Any) -> _Decode:
@@ -241,12 +261,19 @@ def _names_of(family: Any) -> Iterator[str]:
     model_type = config if isinstance(config, str) else getattr(config, "model_type", None)
     if isinstance(model_type, str):
         yield _PROCESSOR_OF.get(model_type.replace("-", "_"), "")
-    for base in type(family).__mro__:
+    yield from _names_of_type(type(family))  # type: ignore[arg-type]
+
+
+@functools.lru_cache(maxsize=64)
+def _names_of_type(kind: type) -> tuple[str, ...]:
+    found = []
+    for base in kind.__mro__:
         processor = re.fullmatch(r"(\w+)ImageProcessor(Pil|Fast)?", base.__name__)
-        yield processor[1] if processor else ""
+        found.append(processor[1] if processor else "")
         # The library's output classes live in its folder of the model.
-        found = re.match(r"transformers\.models\.(\w+)\.modeling_\w+$", base.__module__)
-        yield _PROCESSOR_OF.get(found[1], "") if found else ""
+        model = re.match(r"transformers\.models\.(\w+)\.modeling_\w+$", base.__module__)
+        found.append(_PROCESSOR_OF.get(model[1], "") if model else "")
+    return tuple(found)
 
 
 def _known() -> str:

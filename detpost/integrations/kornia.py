@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from detpost import boxes as box_ops
+from detpost import kernels
 from detpost.detections import INVALID, split_by_image
 from detpost.integrations.conventions import MisfitError, check_outputs, check_sizes, check_threshold
 from detpost.postprocess import DetectionPostProcessor
@@ -63,6 +64,7 @@ class DETRPostProcessor(nn.Module):
         self.confidence_filtering = confidence_filtering
         self.filter_as_zero = filter_as_zero
         self.decode = DetectionPostProcessor(DecodeSpec(top_k=num_top_queries))
+        self._direct = kernels.DirectDecode(self.decode.spec, out_format="xywh", needs_sizes=True)
 
     @classmethod
     def like(cls, post_processor: Any) -> DETRPostProcessor:
@@ -105,6 +107,12 @@ class DETRPostProcessor(nn.Module):
             ValueError: shapes that do not fit; a ``RuntimeError`` too, as in kornia.
             TypeError: what is no tensor, or tensors of a wrong dtype; an ``AttributeError`` too.
         """
+        threshold = 0.0 if self.confidence_threshold is None else self.confidence_threshold
+        gives_list = self.confidence_filtering and self.confidence_threshold != 0 and not self.filter_as_zero
+        if gives_list and isinstance(logits, Tensor) and logits.shape[-1:] == (self.num_classes,):
+            images = self._direct.rows(logits, boxes, original_sizes, kernels.LABEL_SCORE_BOX, threshold)
+            if images is not None:
+                return images
         check_outputs(logits, boxes)
         check_sizes(original_sizes, logits, "original_sizes")
         found = self.decode(logits, boxes, original_sizes)
@@ -117,7 +125,6 @@ class DETRPostProcessor(nn.Module):
         rows = torch.cat((found.labels.unsqueeze(-1), found.scores.unsqueeze(-1), corner_and_size), dim=-1)  # (B, K, 6)
         if not self.confidence_filtering or self.confidence_threshold == 0:
             return rows
-        threshold = 0.0 if self.confidence_threshold is None else self.confidence_threshold
         keep = found.valid & (found.scores > threshold)
         if self.filter_as_zero:
             return torch.where(keep.unsqueeze(-1), rows, 0.0)

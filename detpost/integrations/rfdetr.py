@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from detpost import kernels
 from detpost.detections import Detections
 from detpost.integrations.conventions import (
     MisfitError,
@@ -67,8 +68,9 @@ class PostProcess(nn.Module):
         self.trace_alpha = trace_alpha
         self.upsample_masks_to_image_size = upsample_masks_to_image_size
         self.decode = DetectionPostProcessor(DecodeSpec.preset("rfdetr", top_k=num_select))
+        # A box of negative width or height is one of none.
+        self._direct = kernels.DirectDecode(self.decode.spec, sides_not_negative=True, needs_sizes=True)
 
-    @torch.no_grad()
     def forward(
         self, outputs: Mapping[str, Any], target_sizes: Tensor, score_threshold: float | None = None
     ) -> list[dict[str, Tensor]]:
@@ -94,22 +96,39 @@ class PostProcess(nn.Module):
         if not isinstance(outputs, Mapping):
             raise TypeError(f"outputs must be a mapping with pred_logits and pred_boxes; got {type(outputs).__name__}")
         logits, boxes = read_outputs(outputs)
+        boxes_alone = outputs.get("pred_masks") is None and outputs.get("pred_keypoints") is None
+        if boxes_alone and score_threshold is None and type(self).heads is PostProcess.heads:
+            images = self._direct.dicts(logits, boxes, target_sizes, all_slots=True)
+            if images is not None:
+                return images
         if outputs.get("pred_masks") is not None and outputs.get("pred_keypoints") is not None:
             raise ValueError("expected pred_masks or pred_keypoints; got both: RF-DETR has no such model")
         check_outputs(logits, boxes, "pred_", AssertedMisfitError)
         check_sizes(target_sizes, logits, "target_sizes", error=AssertedMisfitError)
         if score_threshold is not None:
             check_threshold(score_threshold, "score_threshold")
+        with torch.no_grad():
+            return self._decode(outputs, logits, boxes, target_sizes, score_threshold)
+
+    def _decode(
+        self,
+        outputs: Mapping[str, Any],
+        logits: Tensor,
+        boxes: Tensor,
+        target_sizes: Tensor,
+        score_threshold: float | None,
+    ) -> list[dict[str, Tensor]]:
         masks = outputs.get("pred_masks")
         if masks is not None and masks.ndim == 4 and masks.shape[1] != logits.shape[1]:
             raise MisfitError(f"pred_masks must be of {logits.shape[1]} queries; got {masks.shape[1]}")
-        # A box of negative width or height is one of none.
-        found = self.decode(logits, torch.cat((boxes[..., :2], boxes[..., 2:].clamp(min=0)), dim=-1), target_sizes)
-        if outputs.get("pred_masks") is None and outputs.get("pred_keypoints") is None:
+        found = self._direct.decode(logits, boxes, target_sizes)
+        if found is None:
+            found = self.decode(logits, torch.cat((boxes[..., :2], boxes[..., 2:].clamp(min=0)), dim=-1), target_sizes)
+        if masks is None and outputs.get("pred_keypoints") is None:
             names = ("scores", "labels", "boxes", "queries")
             rows = [dict(zip(names, image, strict=True)) for image in zip(*found[:4], strict=True)]
         else:
-            if outputs.get("pred_masks") is not None and score_threshold is not None:
+            if masks is not None and score_threshold is not None:
                 found = found._replace(valid=found.valid & (found.scores > score_threshold))
             rows = found.to_list()
         return [row | extra for row, extra in zip(rows, self.heads(outputs, found, target_sizes, rows), strict=True)]

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from detpost import kernels
 from detpost.detections import Detections
 from detpost.heads._gather import lookup_table
 from detpost.integrations.conventions import MisfitError, check_outputs, check_sizes, in_query_order, read_outputs
@@ -77,6 +78,7 @@ class RTDETRPostProcessor(nn.Module):
         self.decode = DetectionPostProcessor(
             DecodeSpec.preset("rtdetr" if use_focal_loss else "detr", top_k=num_top_queries)
         )
+        self._direct = kernels.DirectDecode(self.decode.spec, swapped_sizes=True, needs_sizes=True)
         # Not persistent: a checkpoint of the original loads without a missing key.
         self.register_buffer("category_ids", lookup_table(COCO_CATEGORY_IDS), persistent=False)
 
@@ -99,13 +101,10 @@ class RTDETRPostProcessor(nn.Module):
             TypeError: outputs without logits or boxes (a ``KeyError`` too), or tensors of a wrong dtype.
         """
         logits, boxes = read_outputs(outputs)
-        check_outputs(logits, boxes, "pred_")
-        check_sizes(orig_target_sizes, logits, "orig_target_sizes", "(width, height)")
-        found: Detections = self.decode(logits, boxes, orig_target_sizes.flip(-1))
-        if self.use_focal_loss and logits.shape[2] != self.num_classes:
-            raise MisfitError(f"pred_logits must have num_classes = {self.num_classes} classes; got {logits.shape[2]}")
-        if not self.use_focal_loss and logits.shape[1] <= self.num_top_queries:
-            found = in_query_order(found, logits.shape[1])
+        images = self._lists_at_once(logits, boxes, orig_target_sizes)
+        if images is not None:
+            return images
+        found = self._detections(logits, boxes, orig_target_sizes)
         if self.deploy_mode:
             return found.labels, found.boxes, found.scores
         labels = found.labels
@@ -115,6 +114,33 @@ class RTDETRPostProcessor(nn.Module):
             {"labels": label, "boxes": box, "scores": score}
             for label, box, score in zip(labels, found.boxes, found.scores, strict=True)
         ]
+
+    def _fits(self, logits: Tensor) -> bool:
+        return not self.use_focal_loss or logits.shape[2] == self.num_classes
+
+    def _keeps_query_order(self, logits: Tensor) -> bool:
+        return not self.use_focal_loss and logits.shape[1] <= self.num_top_queries
+
+    def _lists_at_once(self, logits: Any, boxes: Any, sizes: Any) -> list[dict[str, Tensor]] | None:
+        """Decode a plain call to lists; ``None`` where it is none."""
+        plain = not self.deploy_mode and not self.remap_mscoco_category and isinstance(logits, Tensor)
+        if not plain or logits.ndim != 3 or not self._fits(logits):
+            return None
+        by_query = self._keeps_query_order(logits)
+        return self._direct.dicts(
+            logits, boxes, sizes, ("labels", "boxes", "scores"), all_slots=True, by_query=by_query
+        )
+
+    def _detections(self, logits: Any, boxes: Any, orig_target_sizes: Any) -> Detections:
+        """Check, and decode into all slots, in the order in which they are given out."""
+        check_outputs(logits, boxes, "pred_")
+        check_sizes(orig_target_sizes, logits, "orig_target_sizes", "(width, height)")
+        if not self._fits(logits):
+            raise MisfitError(f"pred_logits must have num_classes = {self.num_classes} classes; got {logits.shape[2]}")
+        found = self._direct.decode(logits, boxes, orig_target_sizes)
+        if found is None:
+            found = self.decode(logits, boxes, orig_target_sizes.flip(-1))
+        return in_query_order(found, logits.shape[1]) if self._keeps_query_order(logits) else found
 
     def deploy(self) -> RTDETRPostProcessor:
         """Return tensors from now on, and switch to evaluation mode.

@@ -7,6 +7,7 @@ Its decoder head gives (B, Q, 4 + C): normalised cxcywh boxes and scores after t
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import math
 from collections.abc import Iterator, Sequence
@@ -16,9 +17,11 @@ import torch
 from torch import Tensor
 
 from detpost import boxes as box_ops
+from detpost import kernels
 from detpost.detections import Detections, clear_invalid, split_by_image
 from detpost.integrations.conventions import KindError, MisfitError, check_threshold, size_rows
 from detpost.selection import best_class, select_top_k
+from detpost.spec import DecodeSpec
 
 __all__ = ["decode", "patched", "postprocess", "postprocess_selected"]
 
@@ -97,6 +100,10 @@ def postprocess(
         [tensor([[ 0.0000,  0.0000, 20.0000, 10.0000,  0.7500,  1.0000]])]
     """
     first = _first(preds)
+    if classes is None and type(max_det) is int and max_det > 0:
+        images = _direct(max_det).rows(first, None, orig_shapes, kernels.BOX_SCORE_LABEL, conf)
+        if images is not None:
+            return images
     found = decode(first, size_rows(orig_shapes, first, "orig_shapes"), conf, classes, max_det)
     rows = torch.cat((found.boxes, found.scores.unsqueeze(-1), found.labels.unsqueeze(-1)), dim=-1)  # (B, K, 6)
     return [image for (image,) in split_by_image(found.valid, rows)]
@@ -196,6 +203,12 @@ def _ultralytics(name: str) -> Any:
         return importlib.import_module(f"ultralytics.{name}")
     except ImportError:
         raise ImportError("patched needs ultralytics: pip install ultralytics") from None
+
+
+@functools.lru_cache(maxsize=16)
+def _direct(max_det: int) -> kernels.DirectDecode:
+    spec = DecodeSpec(selection="per_query", top_k=max_det)
+    return kernels.DirectDecode(spec, takes_scores=True, takes_pairs=True, needs_sizes=True)
 
 
 def _first(preds: Tensor | Sequence[Any]) -> Tensor:

@@ -1,5 +1,6 @@
 """What is written for speed, behind one dispatch that always answers; :mod:`detpost.kernels.dispatch` says how."""
 
+from detpost.kernels.direct import BOX_SCORE_LABEL, LABEL_SCORE_BOX, DirectDecode
 from detpost.kernels.dispatch import (
     KERNELS,
     boundary_distance,
@@ -18,7 +19,10 @@ from detpost.kernels.dispatch import (
 )
 
 __all__ = [
+    "BOX_SCORE_LABEL",
     "KERNELS",
+    "LABEL_SCORE_BOX",
+    "DirectDecode",
     "boundary_distance",
     "decode",
     "erosion",

@@ -72,8 +72,9 @@ def test_a_long_preparation_does_not_make_a_race_endless():
 def test_every_installed_peer_takes_part(tmp_path):
     wanted = {
         "decode": {"detpost", "detpost (aten)", "detpost (numpy)", "transformers", "kornia", "RT-DETR (in place)"},
-        "raw outputs to lists, softmax": {"detpost", "detpost (aten)", "transformers"},
-        "drop-in: kornia": {"detpost", "kornia"},
+        "raw outputs to lists, softmax": {"detpost", "detpost (per_image)", "detpost (aten)", "transformers"},
+        "drop-in: kornia": {"detpost", "kornia", "detpost, cold", "kornia, cold"},
+        "drop-in: RT-DETR": {"detpost", "RT-DETR (in place)", "detpost, cold"},
         "decode of one image, warm and cold": {"detpost", "detpost, cold", "kornia, cold", "read of the logits"},
         "decode with gradient, forward + backward": {"detpost", "detpost (aten)", "kornia"},
         "nms": {"detpost", "detpost (aten)", "torchvision"},

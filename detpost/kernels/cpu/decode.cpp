@@ -6,16 +6,13 @@
 #include <limits>
 
 #include "common.h"
+#include "decode_call.h"
 
 using namespace detpost;
 
 namespace {
 
 thread_local Scratch scratch;
-
-enum Selection : int { kFlat = 0, kPerQuery = 1 };
-enum SizeType : int { kNoSizes = 0, kSizesFloat32 = 1, kSizesInt32 = 2, kSizesInt64 = 3 };
-enum BoxFormat : int { kCxcywh = 0, kXyxy = 1, kXywh = 2 };
 
 // exp(-i * step) in two parts, whose sum has twice the digits.
 template <int kCount>
@@ -47,12 +44,13 @@ struct SoftmaxTables {
 const SoftmaxTables kSoftmaxTables;
 
 struct DecodeArguments {
-  const void* logits;  // (batch, queries, classes), contiguous
-  int dtype, softmax, selection;
-  int64_t queries, classes, kept, background;  // background: a channel, or -1
-  const float* boxes;                          // (batch, queries, 4), contiguous
+  const void* logits;  // (batch, queries, classes)
+  int dtype, activation, selection;
+  int64_t stride, queries, classes, kept, background;  // stride: between queries; background: a channel, or -1
+  const float* boxes;                                  // (batch, queries, 4)
+  int64_t boxes_stride;
   const void* sizes;                           // (batch, 2), (height, width)
-  int size_type, box_format, clip, has_threshold;
+  int size_type, box_format, clip, out_format, has_threshold;
   float threshold;
   float* out_scores;
   int64_t* out_labels;
@@ -66,31 +64,26 @@ struct DecodeArguments {
 #define DETPOST_FAMILY "decode.h"
 #include "levels.h"
 
-// All its arguments in one record of 8-byte numbers, addresses among them: ctypes spends longer on twenty arguments than
-// the decode of an image does on selecting.
-struct DecodeCall {
-  int64_t logits, dtype, softmax, selection, batch, queries, classes, kept, background, boxes, sizes, size_type, box_format, clip;
-  int64_t out_scores, out_labels, out_boxes, out_queries, out_valid, threads, has_threshold;
-  double threshold;
-};
-
 DETPOST_EXPORT int detpost_decode(const char* record) {
   return outcome_of([&] {
     DecodeCall call;
     std::memcpy(&call, record, sizeof call);
     const DecodeArguments arguments{reinterpret_cast<const void*>(call.logits),
                                     static_cast<int>(call.dtype),
-                                    static_cast<int>(call.softmax),
+                                    static_cast<int>(call.activation),
                                     static_cast<int>(call.selection),
+                                    call.logits_stride,
                                     call.queries,
                                     call.classes,
                                     call.kept,
                                     call.background,
                                     reinterpret_cast<const float*>(call.boxes),
+                                    call.boxes_stride,
                                     reinterpret_cast<const void*>(call.sizes),
                                     static_cast<int>(call.size_type),
                                     static_cast<int>(call.box_format),
                                     static_cast<int>(call.clip),
+                                    static_cast<int>(call.out_format),
                                     static_cast<int>(call.has_threshold),
                                     static_cast<float>(call.threshold),
                                     reinterpret_cast<float*>(call.out_scores),

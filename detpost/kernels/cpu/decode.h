@@ -19,9 +19,11 @@ DETPOST_INLINE float clamp_to(float value, float limit) {
 
 DETPOST_INLINE void decode_box(const DecodeArguments& of, const float* box, float width, float height, float* out) {
   float x1 = box[0], y1 = box[1], x2 = box[2], y2 = box[3];
-  if (of.box_format == kCxcywh) {
-    const float half_width = 0.5f * box[2], half_height = 0.5f * box[3];
-    x1 = box[0] - half_width, y1 = box[1] - half_height, x2 = box[0] + half_width, y2 = box[1] + half_height;
+  if (of.box_format == kCxcywh || of.box_format == kSidesNotNegative) {
+    if (of.box_format == kSidesNotNegative) x2 = x2 < 0.0f ? 0.0f : x2, y2 = y2 < 0.0f ? 0.0f : y2;
+    const float half_width = 0.5f * x2, half_height = 0.5f * y2;
+    x1 = box[0] - half_width, y1 = box[1] - half_height;
+    if (of.out_format != kXywh) x2 = box[0] + half_width, y2 = box[1] + half_height;
   } else if (of.box_format == kXywh) {
     x2 = box[0] + box[2], y2 = box[1] + box[3];
   }
@@ -98,12 +100,12 @@ static Keys best_classes(const DecodeArguments& of, const float* logits) {
   for (int64_t query = 0; query < padded; ++query) {
     gaps[query] = 0.0f, totals[query] = 1.0f;
     if (query >= of.queries) continue;
-    const float* row = logits + query * of.classes;
+    const float* row = logits + query * of.stride;
     Greatest best = greatest_of(row + first, last - first), peak = best;
     const int64_t label = first_place(row, first, last, best.value);
     labels[query] = static_cast<uint32_t>(label);
     keys[query] = label < last ? best.value : kNaN;
-    if (!of.softmax) continue;
+    if (of.activation != kSoftmax) continue;
     if (of.background >= 0) {
       const float background = row[of.background];
       peak.value = background > peak.value ? background : peak.value;
@@ -112,32 +114,32 @@ static Keys best_classes(const DecodeArguments& of, const float* logits) {
     gaps[query] = best.value == -kInfinity ? kInfinity : best.value == peak.value ? 0.0f : peak.value - best.value;
     totals[query] = peak.has_nan || label == last ? kNaN : total_weight<false>(row, of.classes, peak.value, limbs, nullptr);
   }
-  if (of.softmax) probabilities_of_best(gaps, totals, padded, keys);
+  if (of.activation == kSoftmax) probabilities_of_best(gaps, totals, padded, keys);
   return {keys, of.queries, labels};
 }
 
 static Keys keys_of(const DecodeArguments& of, const float* logits) {
   if (of.selection == kPerQuery) return best_classes(of, logits);
   const int64_t pairs = of.queries * of.classes;
-  if (of.softmax) return {all_probabilities(of, logits), pairs, nullptr};
+  if (of.activation == kSoftmax) return {all_probabilities(of, logits), pairs, nullptr};
   return {of.background < 0 ? logits : without_background(of, logits), pairs, nullptr};
 }
 
 static void decode_image(const void* data, int64_t image) {
   const DecodeArguments& of = *static_cast<const DecodeArguments*>(data);
-  const Keys keys = keys_of(of, as_float_row(of.logits, of.dtype, image, of.queries * of.classes));
+  const Keys keys = keys_of(of, as_float_row(of.logits, of.dtype, image, of.queries * of.stride));
   uint32_t* best = scratch.take<uint32_t>(7, of.kept);
   select_best(keys.values, keys.count, of.kept, best);
 
   const float image_height = of.size_type == kNoSizes ? 1.0f : size_element(of, 2 * image);
   const float image_width = of.size_type == kNoSizes ? 1.0f : size_element(of, 2 * image + 1);
-  const float* boxes = of.boxes + image * of.queries * 4;
+  const float* boxes = of.boxes + image * of.queries * of.boxes_stride;
   const uint32_t classes = static_cast<uint32_t>(of.classes);
   const int64_t padded = (of.kept + 7) / 8 * 8;
   float* chosen = scratch.take<float>(1, 2 * padded);
-  float* scores = of.softmax ? chosen : chosen + padded;
+  float* scores = of.activation == kSigmoid ? chosen + padded : chosen;
   for (int64_t i = 0; i < padded; ++i) chosen[i] = i < of.kept ? keys.values[best[i]] : 0.0f;
-  if (!of.softmax) sigmoids(chosen, padded, scores);
+  if (of.activation == kSigmoid) sigmoids(chosen, padded, scores);
   for (int64_t i = 0; i < of.kept; ++i) {
     const int64_t slot = image * of.kept + i;
     const float key = chosen[i], score = scores[i];
@@ -145,7 +147,7 @@ static void decode_image(const void* data, int64_t image) {
     const uint32_t label = keys.labels ? keys.labels[query] : best[i] - query * classes;
     const bool valid = key == key && (!of.has_threshold || score > of.threshold);
     float box[4];
-    decode_box(of, boxes + 4 * query, image_width, image_height, box);
+    decode_box(of, boxes + of.boxes_stride * query, image_width, image_height, box);
     of.out_scores[slot] = valid ? score : 0.0f;
     of.out_labels[slot] = valid ? static_cast<int64_t>(label) : -1;
     of.out_queries[slot] = valid ? static_cast<int64_t>(query) : -1;

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import struct
 from collections.abc import Callable
-from ctypes import c_char_p
+from ctypes import c_char_p, c_void_p, cast
 
 import torch
 from torch import Tensor
@@ -15,17 +15,70 @@ from detpost.kernels.cpu import library
 from detpost.kernels.cpu.selection import DTYPES
 from detpost.spec import BOX_FORMAT_CODES, DecodeSpec
 
-__all__ = ["decode", "decode_as_operator"]
+__all__ = ["address", "decode", "decode_as_operator", "plan"]
 
 _SIZE_TYPES = {torch.float32: 1, torch.int32: 2, torch.int64: 3}
+# The numbers of decode_call.h.
+_SIGMOID, _SOFTMAX, _SCORES = 0, 1, 2
+_SIDES_NOT_NEGATIVE = 3
+_BACKGROUNDS = {"none": 0, "first": 1, "last": 2}
+_SWAPPED, _PAIRS, _NEEDED = 1, 2, 4
 # Addresses and whole numbers in the order of DecodeCall, and the threshold.
-_RECORD = struct.Struct("=21qd")
+_RECORD = struct.Struct("=24qd")
+# Likewise of Plan in _tensors.cpp.
+_PLAN = struct.Struct("=9qd")
 
 
 @functools.cache
 def _run() -> Callable[[bytes], None]:
     run: Callable[[bytes], None] = library.function("detpost_decode", c_char_p)
     return run
+
+
+def address() -> int | None:
+    """Give the address of the kernel, for what calls it without :mod:`ctypes`; ``None`` where there is no library."""
+    return None if library.missing() is not None else cast(_run(), c_void_p).value  # type: ignore[arg-type]
+
+
+def plan(
+    spec: DecodeSpec,
+    *,
+    top_k: int | None = None,
+    takes_scores: bool = False,
+    out_format: str = "xyxy",
+    sides_not_negative: bool = False,
+    swapped_sizes: bool = False,
+    takes_pairs: bool = False,
+    needs_sizes: bool = False,
+) -> bytes:
+    """Pack what a decode does for :mod:`detpost.kernels.direct`, and what drop-ins have otherwise.
+
+    Args:
+        spec: what the decode does.
+        top_k: how many to keep instead, up to 2**62; 0 keeps as many as there are queries.
+        takes_scores: whether scores come in, and no logits.
+        out_format: ``"xywh"`` gives boxes that come as cxcywh without computing their corners.
+        sides_not_negative: whether a box of negative width or height counts as one of none.
+        swapped_sizes: whether image sizes are (width, height).
+        takes_pairs: whether image sizes may come as a list of pairs of numbers.
+        needs_sizes: whether there must be image sizes.
+
+    Returns:
+        The record.
+    """
+    threshold = spec.score_threshold
+    return _PLAN.pack(
+        min(spec.top_k if top_k is None else top_k, 2**62),
+        _SCORES if takes_scores else _SOFTMAX if spec.activation == "softmax" else _SIGMOID,
+        spec.selection == "per_query",
+        _BACKGROUNDS[spec.background],
+        _SIDES_NOT_NEGATIVE if sides_not_negative else BOX_FORMAT_CODES[spec.box_format],
+        spec.clip,
+        BOX_FORMAT_CODES[out_format],
+        swapped_sizes * _SWAPPED | takes_pairs * _PAIRS | needs_sizes * _NEEDED,
+        threshold is not None,
+        threshold or 0.0,
+    )
 
 
 def decode(logits: Tensor, boxes: Tensor, image_sizes: Tensor | None, spec: DecodeSpec) -> Detections:
@@ -86,8 +139,9 @@ def _decode(
     chosen, valid = like(index_like), like(valid_like)
     if batch and kept:
         record = _RECORD.pack(
-            *(logits.data_ptr(), DTYPES[logits.dtype], softmax, per_query, batch, queries, classes, kept, background),
-            *(boxes.data_ptr(), sizes_at, size_type, box_format, clip),
+            *(logits.data_ptr(), classes, DTYPES[logits.dtype], _SOFTMAX if softmax else _SIGMOID, per_query),
+            *(batch, queries, classes, kept, background),
+            *(boxes.data_ptr(), 4, sizes_at, size_type, box_format, clip, BOX_FORMAT_CODES["xyxy"]),
             *(scores.data_ptr(), labels.data_ptr(), corners.data_ptr(), chosen.data_ptr(), valid.data_ptr()),
             *(torch.get_num_threads(), threshold is not None, threshold or 0.0),
         )

@@ -1,0 +1,128 @@
+"""The decode of a plain call in one step, ahead of the dispatch: Python's objects go to C++, and results come back.
+
+For one image all that stands between a call and the kernel takes longer than the kernel. So a call that is as most are
+(on the CPU, contiguous, nothing to differentiate, nobody watching) is told from others in C++, and makes no object but
+its results. Everything else goes to :mod:`detpost.kernels.dispatch`, which checks what came and computes the same.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from detpost import tensors
+from detpost.detections import Detections
+from detpost.kernels.cpu.decode import address, plan
+from detpost.spec import DecodeSpec
+
+__all__ = ["BOX_SCORE_LABEL", "LABEL_SCORE_BOX", "DirectDecode"]
+
+# Columns of the rows of :meth:`DirectDecode.rows`.
+LABEL_SCORE_BOX: Final = 1
+BOX_SCORE_LABEL: Final = 2
+_DICT = 0
+
+
+@functools.cache
+def _extension() -> Any | None:
+    """Give the extension with the decode of the kernels bound to it, or ``None``."""
+    found, at = tensors.extension(), address()
+    if found is None or at is None:
+        return None
+    found.bind_decode(at)
+    return found
+
+
+class DirectDecode:
+    """The decode of one spec, by plain calls. What it does not take, ``None`` says.
+
+    Args:
+        spec: what the decode does.
+        changes: of what the kernel is told, as :func:`detpost.kernels.cpu.decode.plan` takes it.
+
+    Example:
+        >>> direct = DirectDecode(DecodeSpec(top_k=1))
+        >>> found = direct.decode(torch.tensor([[[3.0]]]), torch.tensor([[[0.5, 0.5, 1.0, 1.0]]]), None)
+        >>> found is None or found.labels.tolist() == [[0]]
+        True
+    """
+
+    def __init__(self, spec: DecodeSpec, **changes: Any) -> None:
+        self.spec = spec
+        self._plan = plan(spec, **changes)
+
+    def decode(self, logits: Any, boxes: Any, sizes: Any) -> Detections | None:
+        """Decode into padded tensors, as :class:`detpost.DetectionPostProcessor` does.
+
+        Args:
+            logits: (B, Q, C).
+            boxes: (B, Q, 4).
+            sizes: (B, 2), or ``None``.
+
+        Returns:
+            The detections, or ``None``.
+        """
+        found = _extension() if tensors.is_plain_call() else None
+        if found is None:
+            return None
+        fields = found.decode(self._plan, torch.get_num_threads(), logits, boxes, sizes)
+        return None if fields is None else Detections._make(fields)
+
+    def dicts(
+        self,
+        logits: Any,
+        boxes: Any,
+        sizes: Any,
+        names: tuple[str, ...] = ("scores", "labels", "boxes", "queries"),
+        *,
+        threshold: Any = None,
+        all_slots: bool = False,
+        by_query: bool = False,
+    ) -> list[dict[str, Tensor]] | None:
+        """Decode into a dict for each image, exact in size.
+
+        Args:
+            logits: (B, Q, C).
+            boxes: (B, Q, 4).
+            sizes: (B, 2), or ``None``.
+            names: of ``scores``, ``labels``, ``boxes`` and ``queries`` those that are wanted, in their order.
+            threshold: keep ``score > threshold``; ``None`` goes by the spec.
+            all_slots: give the slots that are not valid, too.
+            by_query: in the order of the queries in place of the scores.
+
+        Returns:
+            The dicts, or ``None``.
+        """
+        found = _extension() if tensors.is_plain_call() else None
+        if found is None:
+            return None
+        threads = torch.get_num_threads()
+        images: list[dict[str, Tensor]] | None = found.per_image(
+            self._plan, threads, logits, boxes, sizes, _DICT, names, threshold, all_slots, by_query
+        )
+        return images
+
+    def rows(self, logits: Any, boxes: Any, sizes: Any, layout: int, threshold: Any) -> list[Tensor] | None:
+        """Decode into rows of six columns for each image, exact in size.
+
+        Args:
+            logits: (B, Q, C); (B, Q, 4 + C), boxes and then scores, where the changes say ``takes_scores``.
+            boxes: (B, Q, 4); ``None`` where the logits hold them.
+            sizes: (B, 2), or ``None``.
+            layout: ``LABEL_SCORE_BOX`` or ``BOX_SCORE_LABEL``.
+            threshold: keep ``score > threshold``.
+
+        Returns:
+            For each image (D, 6), float32, best first; or ``None``.
+        """
+        found = _extension() if tensors.is_plain_call() else None
+        if found is None:
+            return None
+        threads = torch.get_num_threads()
+        images: list[Tensor] | None = found.per_image(
+            self._plan, threads, logits, boxes, sizes, layout, None, threshold, False, False
+        )
+        return images
