@@ -68,7 +68,7 @@ static const float* all_probabilities(const DecodeArguments& of, const float* lo
     const float* row = logits + query * of.classes;
     float* out = scores + query * of.classes;
     const Greatest peak = greatest_of(row, of.classes);
-    const float inverse = 1.0f / total_weight<true>(row, of.classes, peak.value, limbs, out);
+    const float inverse = 1.0f / total_weight<true>(row, of.classes, peak.value, limbs, out, kInfinity);
     for (int64_t i = 0; i < of.classes; ++i) out[i] *= inverse;
     if (peak.has_nan) {
       for (int64_t i = 0; i < of.classes; ++i) out[i] = std::numeric_limits<float>::quiet_NaN();
@@ -86,6 +86,18 @@ static void probabilities_of_best(const float* gaps, const float* totals, int64_
     load(total, totals + i);
     store(scores + i, weights_of(gap) * (1.0f / total));
   }
+}
+
+// What the weights of a query sum up to; or any part of it that leaves the best class below the threshold, by whose slot
+// nobody can tell. Most queries of a trained head see nothing: for them one pass over their logits is all.
+DETPOST_INLINE float total_of(const DecodeArguments& of, const float* row, float peak, float gap, const Limbs& limbs) {
+  float enough = kInfinity;
+  if (of.has_threshold && of.threshold > 1e-6f) {
+    const double weight = exponential(gap < 64.0f ? -static_cast<double>(gap) : -64.0);
+    enough = static_cast<float>(1.001 * weight / of.threshold);  // more than what the weight rounds by
+    if (enough <= 1.0f) return 1.0f;  // the weight of the greatest logit alone
+  }
+  return total_weight<false>(row, of.classes, peak, limbs, nullptr, enough);
 }
 
 // The best class of each query, by its logits: far below the background all its probabilities are 0.
@@ -112,7 +124,7 @@ static Keys best_classes(const DecodeArguments& of, const float* logits) {
       peak.has_nan = peak.has_nan || background != background;
     }
     gaps[query] = best.value == -kInfinity ? kInfinity : best.value == peak.value ? 0.0f : peak.value - best.value;
-    totals[query] = peak.has_nan || label == last ? kNaN : total_weight<false>(row, of.classes, peak.value, limbs, nullptr);
+    totals[query] = peak.has_nan || label == last ? kNaN : total_of(of, row, peak.value, gaps[query], limbs);
   }
   if (of.activation == kSoftmax) probabilities_of_best(gaps, totals, padded, keys);
   return {keys, of.queries, labels};

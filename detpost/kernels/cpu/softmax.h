@@ -129,11 +129,14 @@ DETPOST_INLINE void add_limbs(Ints* sums, int count, float scale, const Floats& 
   }
 }
 
+constexpr int64_t kLooksEvery = 8 * kLanes;  // a power of two
+
 // The sum of the weights of a query's classes, whose greatest logit is a finite `peak`. `count` limbs, a constant where the
-// loop over them is to be unrolled. `weights` receives the weights themselves, where they are kept.
+// loop over them is to be unrolled. `weights` receives the weights themselves, where they are kept; where they are not, a
+// part of the sum will do that is `enough`.
 template <bool kKeeps>
 DETPOST_INLINE float sum_weights(const float* logits, int64_t classes, float peak, const Limbs& limbs, int count,
-                                 float* weights) {
+                                 float* weights, float enough) {
   Ints sums[kMostLimbs];
   for (int limb = 0; limb < count; ++limb) sums[limb] = (Ints){};
   const float scale = static_cast<float>(1 << limbs.bits);
@@ -144,6 +147,10 @@ DETPOST_INLINE float sum_weights(const float* logits, int64_t classes, float pea
     shares = kKeeps ? weights_of(peak - values) : summands_of(peak - values);
     add_limbs(sums, count, scale, shares);
     if (kKeeps) store(weights + first, shares);
+    if (kKeeps || (first & (kLooksEvery - 1)) != 0) continue;
+    int32_t sum = 0;  // of the greatest limb alone, rounded down: never more than the whole sum
+    for (int64_t lane = 0; lane < kLanes; ++lane) sum += sums[0][lane];
+    if (static_cast<float>(sum) >= enough * scale) return static_cast<float>(sum) / scale;
   }
   if (first < classes) {
     const int64_t skipped = load_last(values, logits, first, classes);
@@ -172,12 +179,13 @@ static float sum_of_infinite(const float* logits, int64_t classes, float* weight
 }
 
 template <bool kKeeps>
-DETPOST_INLINE float total_weight(const float* logits, int64_t classes, float peak, const Limbs& limbs, float* weights) {
+DETPOST_INLINE float total_weight(const float* logits, int64_t classes, float peak, const Limbs& limbs, float* weights,
+                                  float enough) {
   if (peak == kInfinity) return sum_of_infinite(logits, classes, kKeeps ? weights : nullptr);
   if (peak == -kInfinity) peak = 0.0f;
-  if (limbs.count == 2) return sum_weights<kKeeps>(logits, classes, peak, limbs, 2, weights);
-  if (limbs.count == 3) return sum_weights<kKeeps>(logits, classes, peak, limbs, 3, weights);
-  return sum_weights<kKeeps>(logits, classes, peak, limbs, limbs.count, weights);
+  if (limbs.count == 2) return sum_weights<kKeeps>(logits, classes, peak, limbs, 2, weights, enough);
+  if (limbs.count == 3) return sum_weights<kKeeps>(logits, classes, peak, limbs, 3, weights, enough);
+  return sum_weights<kKeeps>(logits, classes, peak, limbs, limbs.count, weights, enough);
 }
 
 struct Greatest {
