@@ -301,7 +301,11 @@ def _through_file(
         known |= {"masks": "network"}
     taken = next(entry for entry in FORMATS if entry.name == backend)
     with tempfile.TemporaryDirectory(prefix="detpost-") as folder:
-        written = taken.write()(loaded.model, Path(folder) / f"model{taken.ending}", loaded.spec, **known)
+        path = Path(folder) / f"model{taken.ending}"
+        try:  # many times quicker, for a file that nobody keeps
+            written = taken.write()(loaded.model, path, loaded.spec, exporter="torchscript", **known)
+        except ValueError:
+            written = taken.write()(loaded.model, path, loaded.spec, **known)
         return detector_of_file(_open_file(written.path, None), threshold)
 
 

@@ -25,6 +25,17 @@ def pytest_collection_modifyitems(items):
             item.add_marker(skip)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def exporter_order():
+    """Export networks in a tenth of the time, as the newer exporter has tests of its own; give the order of users."""
+    import detpost.export.onnx as module
+
+    with pytest.MonkeyPatch.context() as patch:
+        order = module._ORDER
+        patch.setattr(module, "_ORDER", ("torchscript", "dynamo"))
+        yield order
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

@@ -274,8 +274,12 @@ def export(
     num_classes: Annotated[int | None, typer.Option(help="C, for a bare decode.")] = None,
     top_k: Annotated[int | None, typer.Option(help="Most detections per image.")] = None,
     score_threshold: Annotated[float | None, typer.Option(help="Detections at or below it are not valid.")] = None,
-    opset: Annotated[int | None, typer.Option(help="Version of the default operator set; 17 by default.")] = None,
-    exporter: Annotated[str | None, typer.Option(help="auto (by default), torchscript or dynamo.")] = None,
+    opset: Annotated[
+        int | None, typer.Option(help="Version of the default operator set; 17 by default, 18 by dynamo.")
+    ] = None,
+    exporter: Annotated[
+        str | None, typer.Option(help="auto (dynamo first, by default), dynamo or torchscript.")
+    ] = None,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help=TRUST_HELP)] = False,
     allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help=PICKLE_HELP)] = False,
 ) -> None:

@@ -52,8 +52,9 @@ Exporter = Literal["auto", "torchscript", "dynamo"]
 Progress = Callable[[str], None]
 Dynamic = dict[str, dict[int, str]]
 
-# What ONNX Runtime, OpenVINO and TensorRT have all taken for years, and the newest that the older exporter is sure of.
+# Of a bare decode and of what the older exporter makes: what ONNX Runtime, OpenVINO and TensorRT have taken for years.
 DEFAULT_OPSET = 17
+_OLDEST_DYNAMO_OPSET = 18  # the newer exporter writes no older one
 
 
 def to_onnx(
@@ -77,7 +78,7 @@ def to_onnx(
     preprocess_inside: bool | Literal["scale", "full"] = False,
     resize: Resize | None = None,
     class_names: Mapping[int, str] | None = None,
-    opset: int = DEFAULT_OPSET,
+    opset: int | None = None,
     exporter: Exporter = "auto",
     progress: Progress | None = None,
 ) -> WrittenFile:
@@ -119,8 +120,10 @@ def to_onnx(
             one input, and boxes in pixels of these images. It needs operator set 18, and takes it.
         resize: how ``"full"`` resizes; ``None`` stretches with antialiasing, as the families' own pipelines do.
         class_names: the name of each label, recorded in the file; ``None`` takes the model's own.
-        opset: version of the default operator set, 11 or later.
-        exporter: PyTorch's exporter; ``"auto"`` takes the first whose graph agrees with PyTorch.
+        opset: version of the default operator set, 11 or later; ``None`` is 18 from the newer exporter, else 17.
+        exporter: PyTorch's exporter for the network: ``"dynamo"``, the newer one, or ``"torchscript"``. ``"auto"``
+            takes the first of them whose graph agrees with PyTorch, the older first where ``opset`` is below 18, and
+            notes why it did not take the other.
         progress: called with one line before each long step.
 
     Returns:
@@ -143,7 +146,7 @@ def to_onnx(
     if full and (dynamic_size or isinstance(model, DetectionPostProcessor)):
         raise ValueError("preprocess_inside='full' is for a whole detector with an input of one size")
     heads = heads_of(masks, keypoints, oriented)
-    if heads and opset < HEADS_OPSET:
+    if heads and opset is not None and opset < HEADS_OPSET:
         raise ValueError(f"masks, keypoints and oriented boxes need opset {HEADS_OPSET} or later; got {opset}")
     say = progress or (lambda _: None)
     if isinstance(model, DetectionPostProcessor):
@@ -156,7 +159,7 @@ def to_onnx(
             spec or model.spec,
             num_queries,
             num_classes,
-            opset=opset,
+            opset=opset or DEFAULT_OPSET,
             io=layout,
             ties=ties,
             queries=queries,
@@ -169,7 +172,7 @@ def to_onnx(
         return finish(graph, Path(path), metadata, layout=layout, exporter="none")
     source = ExportSource.of(model, spec, image_size, preprocessing, class_names)
     with evaluating(source.model):
-        version = max(opset, RESIZE_OPSET) if full else opset
+        version = max(opset or RESIZE_OPSET, RESIZE_OPSET) if full else opset
         scaled = bool(preprocess_inside) and not full
         raw = _export_network(source, version, exporter, dynamic_batch, dynamic_size, scaled, heads, say)
     say("attaching the post-processing")
@@ -206,7 +209,7 @@ def to_onnx(
     return finish(attached.model, Path(path), metadata, layout=layout, exporter=raw.exporter, notes=raw.notes)
 
 
-def _check_choices(ties: str, exporter: str, opset: int, preprocess_inside: bool | str) -> None:
+def _check_choices(ties: str, exporter: str, opset: int | None, preprocess_inside: bool | str) -> None:
     for name, value, allowed in (
         ("preprocess_inside", preprocess_inside, (False, True, "scale", "full")),
         ("ties", ties, get_args(Ties)),
@@ -214,7 +217,7 @@ def _check_choices(ties: str, exporter: str, opset: int, preprocess_inside: bool
     ):
         if value not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}; got {value!r}")
-    if opset < OLDEST_OPSET:
+    if opset is not None and opset < OLDEST_OPSET:
         raise ValueError(f"opset must be {OLDEST_OPSET} or later; got {opset}")
 
 
@@ -244,7 +247,7 @@ class _RawGraph:
 
 def _export_network(
     source: ExportSource,
-    opset: int,
+    opset: int | None,
     exporter: Exporter,
     dynamic_batch: bool,
     dynamic_size: bool,
@@ -265,10 +268,10 @@ def _export_network(
     if dynamic_size and "pred_masks" in outputs:
         dynamic |= {"pred_masks": {**free, 2: "mask_height", 3: "mask_width"}}
     failures: list[str] = []
-    for name in _EXPORTERS if exporter == "auto" else (exporter,):
+    for name in _in_order(exporter, opset):
         say(f"exporting the network ({name} exporter)")
         try:
-            model = _EXPORTERS[name](network, example, outputs, dynamic, opset)
+            model = _EXPORTERS[name](network, example, outputs, dynamic, opset or DEFAULT_OPSET)
             onnx.checker.check_model(model, full_check=True)
             say("comparing the network with PyTorch")
             _compare_with_eager(network, model, source.image_size, dtype, device, dynamic_batch, dynamic_size)
@@ -292,12 +295,21 @@ def _dynamo(
     return export_dynamo(network, example, "images", outputs, dynamic["images"], opset)
 
 
-# In the order of trying: the older exporter takes every family of the presets with a free batch size, in a fraction of
-# the time.
 _EXPORTERS: dict[str, Callable[[nn.Module, Tensor, tuple[str, ...], Dynamic, int], Any]] = {
-    "torchscript": _torchscript,
     "dynamo": _dynamo,
+    "torchscript": _torchscript,
 }
+
+
+# The newer one first, which takes every family of the presets; the older one is ten times quicker.
+_ORDER: tuple[str, ...] = ("dynamo", "torchscript")
+
+
+def _in_order(exporter: Exporter, opset: int | None) -> tuple[str, ...]:
+    """Give the exporters to try: the older one first where the newer writes no operator set as old as is asked."""
+    if exporter != "auto":
+        return (exporter,)
+    return ("torchscript", "dynamo") if opset is not None and opset < _OLDEST_DYNAMO_OPSET else _ORDER
 
 
 def _images(batch: int, size: tuple[int, int], dtype: torch.dtype, seed: int) -> Tensor:

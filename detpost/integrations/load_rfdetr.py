@@ -6,6 +6,7 @@ import contextlib
 import logging
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,11 +21,12 @@ from detpost.spec import DecodeSpec
 __all__ = ["load"]
 
 _VARIANTS = {name.lower(): f"RFDETR{name}" for name in ("Nano", "Small", "Medium", "Base", "Large")}
+_VARIANTS |= {f"seg-{name.lower()}": f"RFDETRSeg{name}" for name in ("Nano", "Small", "Medium", "Large")}
 _COCO_CHANNELS = 91  # COCO's category ids from 0 to 90
 
 
 def load(model: PackageModel, allow_pickle: bool) -> LoadedDetector:
-    """Load RF-DETR ``nano``, ``small``, ``medium``, ``base`` or ``large``.
+    """Load RF-DETR ``nano``, ``small``, ``medium``, ``base`` or ``large``, or ``seg-nano`` to ``seg-large`` with masks.
 
     Args:
         model: its name and weights. A file of weights may have any number of classes.
@@ -47,25 +49,27 @@ def load(model: PackageModel, allow_pickle: bool) -> LoadedDetector:
         whole = _loaded(kind, model, allow_pickle)
     network, size = whole.model.model.float().eval(), int(whole.model.resolution)
     mean, std = (tuple(map(float, values)) for values in (whole.means, whole.stds))
-    return LoadedDetector.of_one_size(
+    loaded = LoadedDetector.of_one_size(
         _RawOutputs(network),
         DecodeSpec.preset("rfdetr"),
         _class_names(whole, int(network.class_embed.out_features)),
         Preprocessing(size, size, mean=mean, std=std),  # type: ignore[arg-type]
     )
+    return replace(loaded, gives_masks=model.name.removeprefix("rf-detr-").startswith("seg-"))
 
 
 class _RawOutputs(nn.Module):
-    """Images to (logits, boxes), by the way through the network that it takes for its own exports."""
+    """Images to logits, boxes and perhaps masks, by the way through the network that it takes for its own exports."""
 
     def __init__(self, network: Any) -> None:
         super().__init__()
         network.export()
         self.network = network
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        boxes, logits, *_ = self.network(images)
-        return logits, boxes
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        boxes, logits, *masks = self.network(images)
+        found = {"pred_logits": logits, "pred_boxes": boxes}
+        return {**found, "pred_masks": masks[0]} if masks and masks[0] is not None else found
 
 
 def _loaded(kind: Any, model: PackageModel, allow_pickle: bool) -> Any:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+import detpost.export.onnx as module
 from detpost import DecodeSpec, DetectionPostProcessor
 from detpost.export import open_openvino, to_onnx, to_openvino
 from detpost.export.runtime import onnx_session
@@ -134,9 +135,7 @@ def test_both_exporters_give_the_same_answer(tmp_path):
         assert torch.allclose(answers[0][name].float(), answers[1][name].float(), atol=1e-4), name
 
 
-def test_an_exporter_that_bakes_a_constant_in_is_not_believed(tmp_path, monkeypatch):
-    import detpost.export.onnx as module
-
+def test_an_exporter_that_bakes_a_constant_in_is_not_believed(tmp_path, monkeypatch, exporter_order):
     class Moody(Plain):
         def forward(self, images):
             logits, boxes = super().forward(images)
@@ -149,10 +148,21 @@ def test_an_exporter_that_bakes_a_constant_in_is_not_believed(tmp_path, monkeypa
     def refuses(*arguments):
         raise RuntimeError("out of order\nand a page of advice")
 
-    monkeypatch.setitem(module._EXPORTERS, "torchscript", refuses)
-    result = to_onnx(Plain(), tmp_path / "out.onnx", DecodeSpec(), image_size=(24, 24), opset=18)
-    assert result.exporter == "dynamo"
-    assert any("the torchscript exporter failed: RuntimeError: out of order" in note for note in result.notes)
+    monkeypatch.setattr(module, "_ORDER", exporter_order)
+    monkeypatch.setitem(module._EXPORTERS, "dynamo", refuses)
+    result = to_onnx(Plain(), tmp_path / "out.onnx", DecodeSpec(), image_size=(24, 24))
+    assert (result.exporter, result.opset) == ("torchscript", 17)
+    assert any("the dynamo exporter failed: RuntimeError: out of order" in note for note in result.notes)
+
+
+@pytest.mark.parametrize(("opset", "exporter"), [(None, "dynamo"), (18, "dynamo"), (17, "torchscript")])
+def test_the_newer_exporter_comes_first_where_it_writes_its_opset(
+    tmp_path, monkeypatch, exporter_order, opset, exporter
+):
+    monkeypatch.setattr(module, "_ORDER", exporter_order)
+    result = to_onnx(Plain(), tmp_path / "out.onnx", DecodeSpec(), image_size=(24, 24), opset=opset)
+    assert (result.exporter, result.opset) == (exporter, opset or 18)
+    assert result.notes == (f"network exported with the {exporter} exporter",)
 
 
 def test_the_file_says_all_of_itself(tmp_path):
