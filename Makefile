@@ -6,8 +6,9 @@ STAMP := $(VENV)/.installed
 KERNELS := $(wildcard detpost/kernels/cpu/*.cpp detpost/kernels/cpu/*.h)
 
 OLDEST := .venv-oldest
+RAY := .venv-ray
 
-.PHONY: install demo test test-processors test-oldest test-oldest-fast lint docs bench clean
+.PHONY: install demo test test-processors test-oldest test-oldest-fast test-ray lint docs bench clean
 
 install: $(STAMP)
 
@@ -48,6 +49,17 @@ test-oldest: $(OLDEST)/.installed
 test-oldest-fast: $(OLDEST)/.installed
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n auto --dist worksteal -m 'not slow' tests detpost
 
+# Ray Data and DuckDB, in an environment that has all of .venv besides: 350 MB that few need.
+$(RAY)/.installed: $(STAMP)
+	$(PYTHON) -m venv --clear $(RAY)
+	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+	  > "$$($(RAY)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/venv.pth"
+	$(RAY)/bin/python -m pip install --quiet --no-compile -c constraints.txt 'ray[data]>=2.50' 'aiohttp>=3.10' 'duckdb>=1.3'
+	touch $@
+
+test-ray: $(RAY)/.installed
+	OMP_NUM_THREADS=1 $(RAY)/bin/python -m pytest tests/runs/test_ray.py tests/runs/test_parquet.py
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -62,5 +74,5 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks
 
 clean:
-	rm -rf $(VENV) $(OLDEST) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo_out bench_out site
+	rm -rf $(VENV) $(OLDEST) $(RAY) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo_out bench_out site
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -116,7 +116,7 @@ def detect(
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; CUDA where there is one.")] = None,
     batch: Annotated[int, typer.Option(help="Most images that go through the network at once.")] = 8,
     threshold: Annotated[float, typer.Option(help="Detections with a score above it are kept.")] = 0.5,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the results.")] = Path("detections"),
+    out: Annotated[str, typer.Option("--out", "-o", help="Folder for the results.")] = "detections",
     formats: Annotated[list[str] | None, typer.Option("--format", help=FORMAT_HELP)] = None,
     draw: Annotated[bool, typer.Option("--draw", help="Write annotated pictures too.")] = False,
     annotations: Annotated[
@@ -127,37 +127,52 @@ def detect(
     strict: Annotated[bool, typer.Option("--strict", help="Exit status 1 if an image was skipped.")] = False,
     max_pixels: Annotated[int, typer.Option(help="Images with more pixels are skipped.")] = 178_956_970,
     workers: Annotated[int | None, typer.Option(help="Threads that decode images; one per core, at most 4.")] = None,
+    engine: Annotated[str, typer.Option(help="What runs it: local (this process), or ray (Ray Data).")] = "local",
+    address: Annotated[str | None, typer.Option(help="With ray: a cluster to join; started here by default.")] = None,
+    actors: Annotated[int | None, typer.Option(help="With ray: detectors; one a GPU, or for two processors.")] = None,
+    name_column: Annotated[str | None, typer.Option(help="With ray: a dataset's column of unique names.")] = None,
+    image_column: Annotated[str | None, typer.Option(help="With ray: a dataset's column of images.")] = None,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help=TRUST_HELP)] = False,
     allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help=PICKLE_HELP)] = False,
 ) -> None:
-    """Detect in a folder of any size; an interrupted run goes on where it stopped when started again."""
-    from detpost.runs.find_images import find_images
+    """Detect in a folder of any size; an interrupted run goes on where it stopped when started again.
 
+    With --engine ray on Ray Data, on this machine or on a cluster: folders, addresses as s3://bucket/photos, Parquet
+    files and webdataset's tar files.
+    """
     look_up(model)
-    found = find_images(images)
-    _quiet_pillow()
-    from detpost.runs.detect import detect as run_detect
+    if engine not in ("local", "ray"):
+        raise ValueError(f"unknown engine {engine!r}: take local or ray")
+    options = _given(
+        model=model,
+        backend=backend,
+        device=device,
+        batch_size=batch,
+        threshold=threshold,
+        formats=formats or (["coco"] if engine == "local" else ["parquet"]),
+        annotations=annotations,
+        categories=categories,
+        fresh=fresh,
+        max_pixels=max_pixels,
+        trust_remote_code=trust_remote_code,
+        allow_pickle=allow_pickle,
+    )
+    only_local = _given(draw=draw or None, workers=workers)
+    only_ray = _given(address=address, actors=actors, name_column=name_column, image_column=image_column)
+    for name in only_ray if engine == "local" else only_local:
+        raise ValueError(f"--engine {engine} takes no --{name.replace('_', '-')}: leave it out")
+    run: Any
+    source: Any = images
+    if engine == "ray":
+        from detpost.runs.ray import detect as run
+    else:
+        from detpost.runs.detect import detect as run
+        from detpost.runs.find_images import find_images
 
+        source = find_images(images)
+    _quiet_pillow()
     with show.progress("images") as tell, show.resumable(out):
-        summary = run_detect(
-            found,
-            out,
-            model=model,
-            backend=backend,
-            device=device,
-            batch_size=batch,
-            threshold=threshold,
-            formats=formats or ["coco"],
-            draw=draw,
-            annotations=annotations,
-            categories=categories,
-            fresh=fresh,
-            max_pixels=max_pixels,
-            workers=workers,
-            trust_remote_code=trust_remote_code,
-            allow_pickle=allow_pickle,
-            progress=tell,
-        )
+        summary = run(source, out, **options, **only_local, **only_ray, progress=tell)
     show.print_summary(summary)
     if strict and summary.skipped:
         raise typer.Exit(1)

@@ -102,7 +102,7 @@ def progress(what: str, quiet: bool = False) -> Iterator[Callable[[int, int], No
 
 
 @contextlib.contextmanager
-def resumable(out: Path | None) -> Iterator[None]:
+def resumable(out: str | Path | None) -> Iterator[None]:
     """On Ctrl-C say how to go on, in place of a stack trace."""
     try:
         yield

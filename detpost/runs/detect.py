@@ -18,6 +18,7 @@ from detpost.runs.journal import Journal
 from detpost.runs.memory import Memory
 from detpost.runs.originals import Originals
 from detpost.runs.parquet import sort_key
+from detpost.runs.parts import PARTS, RUN_HEADER
 from detpost.runs.pictures import PICTURES, Pictures, forget_pictures
 from detpost.runs.reading import Reader, identity_of
 from detpost.runs.results import Report, Rows, Skipped, check_formats
@@ -133,6 +134,7 @@ def detect(
     settings = settings_of(model, backend, threshold, trust_remote_code)
     folder.mkdir(parents=True, exist_ok=True)
     threads = workers or min(4, os.cpu_count() or 1)
+    _leave_to_ray(folder, fresh)
     with Journal(folder / JOURNAL) as journal:
         if not fresh:
             check_settings(journal.header, settings, folder)
@@ -177,6 +179,16 @@ def _check_arguments(
             raise ValueError(f"{name} must be at least 1; got {value}")
     if not 0 <= threshold <= 1:
         raise ValueError(f"threshold must lie within [0, 1]; got {threshold}")
+
+
+def _leave_to_ray(folder: Path, fresh: bool) -> None:
+    """Refuse a folder that holds a run on Ray, or drop that."""
+    if not (folder / RUN_HEADER).exists():
+        return
+    if not fresh:
+        raise ValueError(f"{folder} holds a run of --engine ray: go on with it, take another folder, or --fresh")
+    shutil.rmtree(folder / PARTS, ignore_errors=True)
+    (folder / RUN_HEADER).unlink()
 
 
 def _rows(journal: Journal, names: Sequence[str], given_ids: Mapping[str, int] | None) -> Rows:

@@ -20,6 +20,8 @@ _ROW_BYTES, _DETECTION_BYTES = 128, 48
 # A reader takes about so many bytes of rows at once.
 _READ_BYTES = 1024**2
 _METADATA = b"detpost"
+# What some columns are called in the journal.
+_IN_ROWS = {"label_names": "names", "masks": "segmentations"}
 
 
 def import_pyarrow() -> Any:
@@ -77,7 +79,7 @@ def table_of(rows: Iterable[Mapping[str, Any]], columns: pyarrow.Schema | None =
     """Make a table.
 
     Args:
-        rows: as the journal has them, with ``names`` for the names of the labels.
+        rows: as the journal has them, with ``names`` for the names of the labels and ``segmentations`` for masks.
         columns: of :func:`schema`, and more if the rows have more.
 
     Returns:
@@ -85,10 +87,7 @@ def table_of(rows: Iterable[Mapping[str, Any]], columns: pyarrow.Schema | None =
     """
     pa = import_pyarrow()
     wanted = columns or schema()
-    plain = [
-        {**row, "file_name": _utf8(row["file_name"]), "label_names": row.get("names"), "error": _error(row)}
-        for row in rows
-    ]
+    plain = [{**row, **_renamed(row), "file_name": _utf8(row["file_name"]), "error": _error(row)} for row in rows]
     return pa.table([pa.array([row.get(field.name) for row in plain], field.type) for field in wanted], wanted)
 
 
@@ -96,8 +95,7 @@ def rows_of(table: pyarrow.Table) -> Iterator[dict[str, Any]]:
     """Give a table's rows as the journal has them."""
     for row in table.to_pylist():
         kept = {name: value for name, value in row.items() if value is not None}
-        names = kept.pop("label_names", None)
-        yield kept if names is None else {**kept, "names": names}
+        yield {_IN_ROWS.get(name, name): value for name, value in kept.items()}
 
 
 def tables_of(file: Any, columns: list[str] | None = None) -> Iterator[pyarrow.Table]:
@@ -184,6 +182,10 @@ def _utf8(text: str) -> str:
         return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     except UnicodeEncodeError:  # half a pair, which no file system gave
         return text.encode("utf-8", "backslashreplace").decode()
+
+
+def _renamed(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {column: row[name] for column, name in _IN_ROWS.items() if name in row}
 
 
 def _error(row: Mapping[str, Any]) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import tempfile
+import shutil
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing
 from functools import partial
@@ -44,13 +44,16 @@ def merged(
     Raises:
         ValueError: a file that is not sorted by name, or no Parquet.
     """
-    with tempfile.TemporaryDirectory(prefix=".merging-", dir=scratch) as folder:
+    folder = scratch / ".merging"
+    shutil.rmtree(folder, ignore_errors=True)  # of a merge that was killed
+    folder.mkdir()
+    try:
         numbers = itertools.count()
         waiting = list(files)
         while len(waiting) > FAN_IN:
             # The oldest first: each row is written again once for each factor of 32 of the number of files.
             group, waiting = waiting[:FAN_IN], waiting[FAN_IN:]
-            path = Path(folder) / f"{next(numbers)}.parquet"
+            path = folder / f"{next(numbers)}.parquet"
             writer = TableWriter(path, columns)
             with closing(_once(group, columns, settle)) as tables:
                 for table in tables:
@@ -58,6 +61,8 @@ def merged(
             writer.close()
             waiting = [*waiting, partial(Path, path)]
         yield from _once(waiting, columns, settle)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _once(files: Sequence[Opened], columns: pyarrow.Schema, settle: Settle) -> Generator[pyarrow.Table, None, None]:
