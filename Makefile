@@ -8,7 +8,7 @@ KERNELS := $(wildcard detpost/kernels/cpu/*.cpp detpost/kernels/cpu/*.h)
 OLDEST := .venv-oldest
 RAY := .venv-ray
 
-.PHONY: install demo test test-processors test-oldest test-oldest-fast test-ray lint docs bench clean
+.PHONY: install demo test test-processors test-oldest test-oldest-fast test-ray test-edge lint docs bench clean
 
 install: $(STAMP)
 
@@ -45,6 +45,23 @@ $(OLDEST)/.installed: pyproject.toml setup.py scripts/oldest_versions.py $(KERNE
 test-oldest: $(OLDEST)/.installed
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n auto --dist worksteal --nbmake --nbmake-timeout=300
 
+# ExecuTorch, LiteRT and Core ML, each with the PyTorch of its choice: environments of their own.
+EDGE_RUNNERS := executorch litert coreml
+EDGE_executorch := executorch torch torchvision
+EDGE_litert := litert-torch ai-edge-litert torchvision
+EDGE_coreml := coremltools torch torchvision
+
+.venv-edge/%/.installed: pyproject.toml setup.py $(KERNELS)
+	$(PYTHON) -m venv --clear .venv-edge/$*
+	.venv-edge/$*/bin/python -m pip install --quiet --upgrade pip
+	PYTHONWARNINGS='ignore:Editable installation' \
+	.venv-edge/$*/bin/python -m pip install --quiet --no-compile $(EDGE_$*) pytest -e '.[hf]'
+	touch $@
+
+test-edge: $(EDGE_RUNNERS:%=.venv-edge/%/.installed)
+	for runner in $(EDGE_RUNNERS); do \
+	OMP_NUM_THREADS=1 .venv-edge/$$runner/bin/python -m pytest -p no:cacheprovider tests/export/test_edge.py || exit 1; done
+
 # Without notebooks and slow tests.
 test-oldest-fast: $(OLDEST)/.installed
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n auto --dist worksteal -m 'not slow' tests detpost
@@ -74,5 +91,5 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(RAY) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo_out bench_out site
+	rm -rf $(VENV) $(OLDEST) $(RAY) .venv-edge build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo_out bench_out site
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

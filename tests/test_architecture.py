@@ -24,8 +24,8 @@ FLOORS = (
     ("purity",),
     ("command",),
 )
-# A table of plain data, which imports nothing of the package: on the ground, wherever it is filed.
-GROUND = ("detpost.export.formats",)
+# Tables of plain data, which import nothing of the package: on the ground, wherever they are filed.
+GROUND = ("detpost.export.formats", "detpost.export.targets")
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # Run by name, and not imported.
 FREE = ("detpost", "detpost.__main__")

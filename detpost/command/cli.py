@@ -14,6 +14,7 @@ from typer.core import TyperCommand
 import detpost
 from detpost.command import show
 from detpost.export.formats import format_of
+from detpost.export.targets import TARGETS, folder_name, target_of
 from detpost.integrations.model_names import check_file, look_up
 from detpost.spec import DecodeSpec, presets
 
@@ -49,6 +50,7 @@ MASKS_HELP = "Give masks too: network in its own size (logits), image in pixels 
 STYLE_HELP = "With --masks image, how they are read: rfdetr (logits, the default) or dfine_seg (probabilities)."
 KEYPOINTS_HELP = "Give keypoints too: pose for one skeleton a query, or how many each class has, as 0,17 (RF-DETR)."
 ORIENTED_HELP = "Give oriented boxes too, of the network's (B, Q, 5)."
+FOR_HELP = f"Write a folder for a runner: {', '.join(target.name for target in TARGETS)}."
 TIES_HELP = "Equal scores: exact (by default) in every runtime, or left to onnx."
 INSIDE_HELP = "Take uint8 images: scale (also without a value) scales and normalises inside, full resizes too."
 LETTERBOX_HELP = "With full: pad images with grey to keep their proportions."
@@ -269,7 +271,7 @@ def doctor() -> None:
 @app.command(cls=_ExportCommand, short_help="Export a detector with its post-processing, or a bare decode.")
 def export(
     model: Annotated[str, typer.Argument(help=SOURCE_HELP)],
-    out: Annotated[Path, typer.Option("--out", "-o", help="File to write.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="File to write, or folder with --for.")],
     preset: Annotated[str | None, typer.Option(help=PRESET_HELP)] = None,
     io: Annotated[str | None, typer.Option(help=IO_HELP)] = None,
     ties: Annotated[str | None, typer.Option(help=TIES_HELP)] = None,
@@ -295,14 +297,22 @@ def export(
     exporter: Annotated[
         str | None, typer.Option(help="auto (dynamo first, by default), dynamo or torchscript.")
     ] = None,
+    runner: Annotated[str | None, typer.Option("--for", help=FOR_HELP)] = None,
+    name: Annotated[str | None, typer.Option(help="For triton: the model's name.")] = None,
+    backend: Annotated[str | None, typer.Option(help="For triton: onnx (by default), tensorrt or openvino.")] = None,
+    max_batch: Annotated[int | None, typer.Option(help="For triton and tensorrt: the largest batch; 8.")] = None,
+    ensemble: Annotated[bool, typer.Option(help="For triton: the resize as a model of its own, too.")] = False,
+    split: Annotated[bool, typer.Option(help="For executorch, litert and coreml: decode in C++ beside it.")] = False,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help=TRUST_HELP)] = False,
     allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help=PICKLE_HELP)] = False,
 ) -> None:
     """Export a detector with its post-processing, or a bare decode: .onnx, .xml (OpenVINO) or .pt2 (AOTInductor).
 
-    A .pt2 file takes the preset, the size and what belongs to the decode alone; its batch is free.
+    A .pt2 file takes the preset, the size and what belongs to the decode alone; its batch is free. With --for, OUT is a
+    folder, and what its runner needs is written into it.
     """
-    taken = format_of(out)
+    target = None if runner is None else target_of(runner)
+    taken = format_of(out) if target is None else None
     options = _given(
         num_queries=num_queries,
         num_classes=num_classes,
@@ -315,11 +325,16 @@ def export(
         keep_raw=keep_raw or None,
         **_heads(masks, mask_style, keypoints, oriented),
         preprocess_inside=preprocess_inside,
-        resize=_resize(preprocess_inside == "full", letterbox, antialias),
+        resize=_resize(preprocess_inside == "full" or ensemble, letterbox, antialias),
         opset=opset,
         exporter=exporter,
     )
-    if unknown := sorted(options.keys() & taken.takes_no):
+    own = _given(name=name, backend=backend, max_batch=max_batch, ensemble=ensemble or None, split=split or None)
+    if target is not None:
+        target.check(own, options)
+    elif own:
+        raise ValueError(f"{', '.join(own)} go with --for {'|'.join(each.name for each in TARGETS)}")
+    elif taken and (unknown := sorted(options.keys() & taken.takes_no)):
         raise ValueError(f"a {taken.ending} file takes no {', '.join(unknown)}: leave it out, or write another format")
     if model != "post":
         look_up(model)
@@ -334,10 +349,15 @@ def export(
     else:
         trust = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
         source, spec, known = _detector(model, preset, overrides, trust)
-    if taken.name == "package":
+    if taken and taken.name == "package":
         known = {**known, "example": None}
     with show.steps() as say:
-        written = taken.write()(model=source, path=out, spec=spec, progress=say, **options, **known)
+        if target is not None:
+            named = {"name": folder_name(model)} if "name" in target.takes else {}
+            written = target.write()(source, out, spec, progress=say, **{**named, **own}, **options, **known)
+        else:
+            assert taken is not None
+            written = taken.write()(model=source, path=out, spec=spec, progress=say, **options, **known)
     show.print_written(written)
 
 

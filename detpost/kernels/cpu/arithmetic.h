@@ -54,7 +54,7 @@ DETPOST_INLINE double exponential(double x) {
   series = series * r + 0.5;
   series = series * r + 1.0;
   series = series * r + 1.0;
-  int64_t bits, power;
+  uint64_t bits, power;  // without a sign: a shift beyond the top is defined then
   std::memcpy(&bits, &series, sizeof bits);
   std::memcpy(&power, &shifted, sizeof power);
   bits += power << 52;

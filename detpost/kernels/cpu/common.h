@@ -14,7 +14,7 @@
 #define DETPOST_EXPORT extern "C" __attribute__((visibility("default")))
 #endif
 
-#if defined(__x86_64__) && defined(__GNUC__)
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(DETPOST_PORTABLE)
 #define DETPOST_HAS_V3 1  // instructions beyond the baseline that the processor may have
 #include <immintrin.h>
 #endif
