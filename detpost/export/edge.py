@@ -151,6 +151,8 @@ def _write(
     say = progress or (lambda _: None)
     sizes = torch.tensor([[480, 640]])
     if isinstance(model, DetectionPostProcessor):
+        if split:
+            raise ValueError("a post-processor alone has no network to split it from: name a detector")
         if num_queries is None or num_classes is None:
             raise ValueError("a post-processor alone needs num_queries and num_classes")
         chosen, known = spec or model.spec, {}
