@@ -51,7 +51,8 @@ def convert(boxes: Tensor, src: BoxFormat, dst: BoxFormat) -> Tensor:
     first, second = boxes[..., :2], boxes[..., 2:]
     # Straight routes, not through a common format: each route rounds once per number.
     if (src, dst) == ("cxcywh", "xyxy"):
-        parts = (first - 0.5 * second, first + 0.5 * second)
+        half = 0.5 * second
+        parts = (first - half, first + half)
     elif (src, dst) == ("cxcywh", "xywh"):
         parts = (first - 0.5 * second, second)
     elif (src, dst) == ("xywh", "xyxy"):

@@ -46,9 +46,9 @@ def decode(
     """
     queries, labels, keys = _select_pairs(logits, spec, select)  # (B, K) each
     # A key is NaN for the background, for a NaN logit and, of softmax, for every class of a query that has one.
-    is_number = ~keys.isnan()
+    is_number = keys == keys
     if spec.activation == "sigmoid":
-        scores = _sigmoid_scores(logits, queries, labels, is_number)  # (B, K)
+        scores = _sigmoid_scores(logits, queries, labels, keys, is_number)  # (B, K)
     else:
         scores = _softmax_scores(logits, queries, labels, keys, is_number)
     valid = is_number if spec.score_threshold is None else is_number & (scores > spec.score_threshold)
@@ -57,30 +57,45 @@ def decode(
 
 def _select_pairs(logits: Tensor, spec: DecodeSpec, select: Select) -> tuple[Tensor, Tensor, Tensor]:
     """Choose the kept pairs: queries and labels (B, K), int64, and the keys that they stand in the order of (B, K)."""
+    if spec.selection == "per_query":
+        return _select_queries(logits.detach(), spec, select)
     batch, queries, classes = logits.shape
     rows = logits.detach()
     keys = rows if spec.activation == "sigmoid" else softmax.scores(rows)  # (B, Q, C)
     if spec.background != "none":
         # NaN is never ahead of a number and never valid: just what the channel that means "no object" should be.
         is_background = torch.arange(classes, device=logits.device) == spec.background_channel(classes)
-        rows, keys = torch.where(is_background, math.nan, rows), torch.where(is_background, math.nan, keys)
-    if spec.selection == "flat":
-        keys = keys.reshape(batch, queries * classes)
-        flat = select(keys, spec.top_k)
-        return flat // classes, flat % classes, keys.gather(1, flat)
-    # By the logits and not the keys: far below the background, all of a query's scores are 0.
-    best = best_class(rows)  # (B, Q)
-    keys = keys.gather(2, best.unsqueeze(-1)).squeeze(-1)
+        keys = torch.where(is_background, math.nan, keys)
+    keys = keys.reshape(batch, queries * classes)
+    flat = select(keys, spec.top_k)
+    query = flat // classes
+    return query, flat - query * classes, keys.gather(1, flat)
+
+
+def _select_queries(logits: Tensor, spec: DecodeSpec, select: Select) -> tuple[Tensor, Tensor, Tensor]:
+    """Choose the kept queries with their best classes, as :func:`_select_pairs`."""
+    objects = {"none": logits, "first": logits[..., 1:], "last": logits[..., :-1]}[spec.background]
+    if objects.shape[2] == 0:  # nothing but the background
+        best, keys = torch.zeros_like(logits[..., 0], dtype=torch.int64), torch.full_like(logits[..., 0], math.nan)
+    else:
+        # By the logits and not the scores: far below the background, all of a query's scores are 0.
+        best = best_class(objects) + (1 if spec.background == "first" else 0)  # (B, Q)
+        keys = _take_class(logits, best) if spec.activation == "sigmoid" else softmax.scores_of(logits, best)
     order = select(keys, spec.top_k)
     return order, best.gather(1, order), keys.gather(1, order)
 
 
-def _sigmoid_scores(logits: Tensor, queries: Tensor, labels: Tensor, is_number: Tensor) -> Tensor:
+def _take_class(logits: Tensor, labels: Tensor) -> Tensor:
+    return logits.gather(2, labels.unsqueeze(-1)).squeeze(-1)
+
+
+def _sigmoid_scores(logits: Tensor, queries: Tensor, labels: Tensor, keys: Tensor, is_number: Tensor) -> Tensor:
     """Score the kept pairs (B, K), 0 where they are no number; the logits are gathered again for their gradient."""
     batch, query_count, classes = logits.shape
-    flat = logits.reshape(batch, query_count * classes).gather(1, queries * classes + labels)
+    if wants_derivative(logits):
+        keys = logits.reshape(batch, query_count * classes).gather(1, queries * classes + labels)
     # NaN is replaced before the activation, not after: a gradient through the unused side of a where is still 0 * NaN.
-    return torch.where(is_number, flat, 0.0).to(_scoring_dtype(logits)).sigmoid().to(_at_least_float32(logits))
+    return torch.where(is_number, keys, 0.0).to(_scoring_dtype(logits)).sigmoid().to(_at_least_float32(logits))
 
 
 def _softmax_scores(logits: Tensor, queries: Tensor, labels: Tensor, keys: Tensor, is_number: Tensor) -> Tensor:
@@ -106,7 +121,11 @@ def _corners(boxes: Tensor, queries: Tensor, image_sizes: Tensor | None, spec: D
 
 def _take(values: Tensor, queries: Tensor) -> Tensor:
     """Gather rows: values (B, Q, n), queries (B, K) -> (B, K, n)."""
-    return values.gather(1, queries.unsqueeze(-1).expand(-1, -1, values.shape[2]))
+    batch, count, length = values.shape
+    # Rows of one flat list and not gather, which reads an index for every number.
+    first = torch.arange(batch, device=values.device).unsqueeze(1) * count
+    rows = values.reshape(batch * count, length).index_select(0, (queries + first).flatten())
+    return rows.view(batch, queries.shape[1], length)
 
 
 def _at_least_float32(values: Tensor) -> torch.dtype:

@@ -1,8 +1,11 @@
 """Selection by ``topk``, which promises no order for equal scores, made exact.
 
-The k-th greatest value is the same whichever of equal scores a ``topk`` takes. With it every element has a rank: above
-that value, equal to it, or (where it is -inf) NaN. Rank and index make one integer, no two of which are
-equal, and the k greatest of these are the one right set. Only those are then put in order.
+For a processor, every score and its index make one float64 key, no two of which are equal: one ``topk`` of these gives
+the one right set in the one right order, and makes up for what the keys cost by looking at groups first.
+
+Elsewhere the k-th greatest value is taken, which is the same whichever of equal scores a ``topk`` takes. With it every
+element has a rank: above that value, equal to it, or (where it is -inf) NaN. Rank and index make one integer, no two of
+which are equal, and the k greatest of these are the one right set. Only those are then put in order.
 
 Long rows are cut into groups first. The k best elements lie in the k best groups, a group being as good as its best
 element and, of equal ones, the earlier the better: each of these has an element ahead of any in a group left out.
@@ -27,9 +30,21 @@ __all__ = ["select", "select_by_top_k"]
 _PREFILTER_MIN_RATIO = 8
 _PREFILTER_MIN_WIDTH = 1 << 14
 
+# A key is score - (|score| + LEAST) * index * STEP. STEP is 4 units in a float64's last place, so that the keys of
+# equal scores differ, and the widest row times STEP is below half a unit of a float32, so that those of unequal ones
+# stay apart. LEAST does for zeros what |score| does elsewhere; it is far below the least float32.
+_STEP, _LEAST = 2.0**-50, 2.0**-160
+_WIDEST = 1 << 24
+_INFINITY, _NAN = 2.0**129, -(2.0**130)  # beyond every float32
+
+# Where rows are this many times longer than what is kept: maxima of groups side by side, before there are keys.
+_NEIGHBOURS, _MIN_RATIO_OF_NEIGHBOURS = 32, 128
+# And then maxima of keys far apart, which are maxima of whole slices.
+_LAYERS, _MIN_RATIO_OF_LAYERS = 8, 16
+
 
 def select(scores: Tensor, k: int) -> Tensor:
-    """Select as :func:`detpost.select_top_k` does; what is kept is put in order by a stable sort.
+    """Select as :func:`detpost.select_top_k` does.
 
     Args:
         scores: (B, N), floating.
@@ -38,9 +53,12 @@ def select(scores: Tensor, k: int) -> Tensor:
     Returns:
         (B, min(k, N)), int64, best first. Carries no gradient.
     """
-    if k >= scores.shape[1]:
+    width = int(scores.shape[1])  # a number while tracing, too
+    if width == 0:
         return reference.select_top_k(scores, k)
-    return _select(scores.detach(), k, _order_by_sort)
+    if scores.dtype != torch.float64 and scores.device.type != "mps" and width <= _WIDEST:
+        return _select_by_keys(scores.detach(), min(k, width))
+    return reference.select_top_k(scores, k) if k >= width else _select(scores.detach(), k, _order_by_sort)
 
 
 def select_by_top_k(scores: Tensor, k: int) -> Tensor:
@@ -52,6 +70,45 @@ def select_by_top_k(scores: Tensor, k: int) -> Tensor:
     if width == 0:
         return reference.select_top_k(scores, k)
     return _select(scores.detach(), min(k, width), _order_by_top_k)
+
+
+def _select_by_keys(scores: Tensor, k: int) -> Tensor:
+    """Select from rows (B, N) of float32 or half precision."""
+    batch, width = scores.shape[0], int(scores.shape[1])
+    if width < _MIN_RATIO_OF_NEIGHBOURS * k:
+        index = torch.arange(width, dtype=torch.float64, device=scores.device)
+        return _greatest(_keys(scores, index), k)
+    rows = F.pad(scores, (0, -width % _NEIGHBOURS), value=math.nan)
+    count = int(rows.shape[1]) // _NEIGHBOURS
+    grouped = rows.view(batch, count, _NEIGHBOURS)
+    most = grouped.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf).amax(dim=2)
+    least = grouped.nan_to_num(nan=math.inf, posinf=math.inf, neginf=-math.inf).amin(dim=2)
+    most = torch.where(least > most, math.nan, most)  # nothing but NaN
+    chosen = _greatest(_keys(most, torch.arange(count, dtype=torch.float64, device=scores.device)), k)  # (B, k)
+    first = torch.arange(batch, device=scores.device).unsqueeze(1) * count
+    elements = rows.view(batch * count, _NEIGHBOURS).index_select(0, (chosen + first).flatten())
+    index = (chosen.unsqueeze(-1) * _NEIGHBOURS + torch.arange(_NEIGHBOURS, device=scores.device)).flatten(1)
+    keys = _keys(elements.view(batch, k * _NEIGHBOURS), index.to(torch.float64))
+    return index.gather(1, _greatest(keys, k))
+
+
+def _keys(scores: Tensor, index: Tensor) -> Tensor:
+    """Give scores (B, N) with an index each, (N,) or (B, N), as float64 that are all unequal in a row."""
+    wide = scores.to(torch.float64).nan_to_num(nan=_NAN, posinf=_INFINITY, neginf=-_INFINITY)
+    # Arithmetic alone: comparisons, and choices by them, take a processor several times as long.
+    return torch.addcmul(wide, wide.abs() + _LEAST, index, value=-_STEP)
+
+
+def _greatest(keys: Tensor, k: int) -> Tensor:
+    """Give the places of the k greatest of unequal keys (B, N), the greatest first."""
+    batch, width = keys.shape[0], int(keys.shape[1])
+    if width < _MIN_RATIO_OF_LAYERS * k:
+        return keys.topk(k, dim=1).indices
+    columns = -(-width // _LAYERS)
+    layers = F.pad(keys, (0, columns * _LAYERS - width), value=-math.inf).view(batch, _LAYERS, columns)
+    chosen = layers.amax(dim=1).topk(k, dim=1, sorted=False).indices  # (B, k)
+    best = layers.gather(2, chosen.unsqueeze(1).expand(batch, _LAYERS, k)).flatten(1).topk(k, dim=1).indices
+    return best // k * columns + chosen.gather(1, best % k)
 
 
 def _select(scores: Tensor, k: int, order: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
