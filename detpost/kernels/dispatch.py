@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from detpost.detections import Detections
+from detpost.kernels.aten import decode as aten_decode
 from detpost.kernels.aten import losses as aten_losses
 from detpost.kernels.aten import nms as aten_nms
 from detpost.kernels.aten import selection as aten_selection
@@ -50,6 +51,7 @@ from detpost.reference import fusion as reference_fusion
 from detpost.reference import nms as reference_nms
 from detpost.reference import selection as reference_selection
 from detpost.reference.derivatives import is_in_transform, wants_derivative
+from detpost.reference.eager import is_unwatched
 from detpost.spec import DecodeSpec
 
 __all__ = [
@@ -144,7 +146,10 @@ def _decode_in_graph(logits: Tensor, boxes: Tensor, image_sizes: Tensor | None, 
 
 
 def _decode_by_operators(logits: Tensor, boxes: Tensor, image_sizes: Tensor | None, spec: DecodeSpec) -> Detections:
-    return reference_decode.decode(logits, boxes, image_sizes, spec, select)
+    steps = reference_decode.Steps(select)
+    if logits.device.type == "cpu" and logits.dtype != torch.float64 and is_unwatched(logits):
+        steps = aten_decode.STEPS._replace(select=select)
+    return reference_decode.decode(logits, boxes, image_sizes, spec, steps)
 
 
 def _nms_by_words(*arguments: Any) -> Tensor:

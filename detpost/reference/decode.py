@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,13 +20,30 @@ from detpost.reference.derivatives import wants_derivative
 from detpost.reference.selection import best_class, select_top_k
 from detpost.spec import DecodeSpec
 
-__all__ = ["decode"]
+__all__ = ["Steps", "decode"]
 
-Select = Callable[[Tensor, int], Tensor]
+
+class Steps(NamedTuple):
+    """The steps of a decode that a kernel may take in another way, to the same bits; none has a gradient.
+
+    Args:
+        select: rows (B, N) and k to the places (B, k) of the k best, in the order of :func:`select_top_k`.
+        best_class: logits (..., C) to the best class (...).
+        scores: logits (..., C) to the probabilities (..., C) that :mod:`~detpost.reference.softmax` gives.
+        scores_of: logits (..., C) and classes (...) to the probabilities (...) of these.
+    """
+
+    select: Callable[[Tensor, int], Tensor] = select_top_k
+    best_class: Callable[[Tensor], Tensor] = best_class
+    scores: Callable[[Tensor], Tensor] = softmax.scores
+    scores_of: Callable[[Tensor, Tensor], Tensor] = softmax.scores_of
+
+
+_REFERENCE = Steps()
 
 
 def decode(
-    logits: Tensor, boxes: Tensor, image_sizes: Tensor | None, spec: DecodeSpec, select: Select = select_top_k
+    logits: Tensor, boxes: Tensor, image_sizes: Tensor | None, spec: DecodeSpec, steps: Steps = _REFERENCE
 ) -> Detections:
     """Decode a batch.
 
@@ -34,7 +52,7 @@ def decode(
         boxes: (B, Q, 4), floating, in units of the image, in ``spec.box_format``.
         image_sizes: (B, 2), (height, width) in pixels, or ``None``: boxes stay normalised.
         spec: what the decode does.
-        select: gives the indices of the k best of each row, in the order of :func:`select_top_k`.
+        steps: how its steps are computed.
 
     Returns:
         The detections, differentiable in logits and boxes.
@@ -44,7 +62,7 @@ def decode(
         >>> decode(logits, boxes, None, DecodeSpec(top_k=1)).labels
         tensor([[1]])
     """
-    queries, labels, keys = _select_pairs(logits, spec, select)  # (B, K) each
+    queries, labels, keys = _select_pairs(logits, spec, steps)  # (B, K) each
     # A key is NaN for the background, for a NaN logit and, of softmax, for every class of a query that has one.
     is_number = keys == keys
     if spec.activation == "sigmoid":
@@ -55,33 +73,33 @@ def decode(
     return clear_invalid(scores, labels, _corners(boxes, queries, image_sizes, spec), queries, valid)
 
 
-def _select_pairs(logits: Tensor, spec: DecodeSpec, select: Select) -> tuple[Tensor, Tensor, Tensor]:
+def _select_pairs(logits: Tensor, spec: DecodeSpec, steps: Steps) -> tuple[Tensor, Tensor, Tensor]:
     """Choose the kept pairs: queries and labels (B, K), int64, and the keys that they stand in the order of (B, K)."""
     if spec.selection == "per_query":
-        return _select_queries(logits.detach(), spec, select)
+        return _select_queries(logits.detach(), spec, steps)
     batch, queries, classes = logits.shape
     rows = logits.detach()
-    keys = rows if spec.activation == "sigmoid" else softmax.scores(rows)  # (B, Q, C)
+    keys = rows if spec.activation == "sigmoid" else steps.scores(rows)  # (B, Q, C)
     if spec.background != "none":
         # NaN is never ahead of a number and never valid: just what the channel that means "no object" should be.
         is_background = torch.arange(classes, device=logits.device) == spec.background_channel(classes)
         keys = torch.where(is_background, math.nan, keys)
     keys = keys.reshape(batch, queries * classes)
-    flat = select(keys, spec.top_k)
+    flat = steps.select(keys, spec.top_k)
     query = flat // classes
     return query, flat - query * classes, keys.gather(1, flat)
 
 
-def _select_queries(logits: Tensor, spec: DecodeSpec, select: Select) -> tuple[Tensor, Tensor, Tensor]:
+def _select_queries(logits: Tensor, spec: DecodeSpec, steps: Steps) -> tuple[Tensor, Tensor, Tensor]:
     """Choose the kept queries with their best classes, as :func:`_select_pairs`."""
     objects = {"none": logits, "first": logits[..., 1:], "last": logits[..., :-1]}[spec.background]
     if objects.shape[2] == 0:  # nothing but the background
         best, keys = torch.zeros_like(logits[..., 0], dtype=torch.int64), torch.full_like(logits[..., 0], math.nan)
     else:
         # By the logits and not the scores: far below the background, all of a query's scores are 0.
-        best = best_class(objects) + (1 if spec.background == "first" else 0)  # (B, Q)
-        keys = _take_class(logits, best) if spec.activation == "sigmoid" else softmax.scores_of(logits, best)
-    order = select(keys, spec.top_k)
+        best = steps.best_class(objects) + (1 if spec.background == "first" else 0)  # (B, Q)
+        keys = _take_class(logits, best) if spec.activation == "sigmoid" else steps.scores_of(logits, best)
+    order = steps.select(keys, spec.top_k)
     return order, best.gather(1, order), keys.gather(1, order)
 
 

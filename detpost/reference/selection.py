@@ -11,8 +11,6 @@ import math
 import torch
 from torch import Tensor
 
-from detpost.reference.eager import is_unwatched
-
 __all__ = ["best_class", "select_top_k"]
 
 
@@ -54,10 +52,6 @@ def best_class(logits: Tensor) -> Tensor:
         tensor([1, 1])
     """
     rows = logits.detach()
-    if rows.device.type == "cpu" and rows.dtype != torch.float64 and is_unwatched(rows):
-        # There argmax gives the first of equal ones; NaN is made a number below those that float32 has.
-        wide = rows.to(torch.float64)
-        return wide.nan_to_num(nan=-(2.0**130), posinf=2.0**129, neginf=-(2.0**129)).argmax(dim=-1)
     is_number = ~rows.isnan()
     numbers = torch.where(is_number, rows, -math.inf)
     # `is_number`: where the greatest number is -inf, a NaN must not tie with it. The least index and not argmax:

@@ -50,15 +50,13 @@ from torch import Tensor
 
 from detpost.reference.eager import is_unwatched
 
-__all__ = ["COARSE", "FINE", "limbs", "scores", "scores_of", "weights", "with_slope"]
+__all__ = ["COARSE", "FINE", "limbs", "scores", "scores_of", "tables_on", "weights", "with_slope"]
 
 GAP_SCALE: Final = 2.0**22  # steps of a logit
 GREATEST_STEP: Final = 2.0**28  # 64 logits
 REST_SCALE: Final = 2.0**-10  # what of a step count the tables do not tell apart
 SLOPE: Final = 2.0**-12  # of exp over one entry of FINE
 FINE_ENTRIES: Final = 256
-# Numbers that a processor takes at a time: all that they become stays in its cache.
-_CHUNK: Final = 1 << 15
 
 
 def _float32(value: float) -> float:
@@ -95,8 +93,6 @@ def scores(logits: Tensor) -> Tensor:
         tensor([[0.5000, 0.5000, 0.0000],
                 [0.0000, 1.0000, 0.0000]])
     """
-    if _is_on_processor(logits):
-        return _in_chunks(logits.detach(), None)
     shares, total = weights(logits)
     return shares * (1 / total)
 
@@ -115,58 +111,8 @@ def scores_of(logits: Tensor, labels: Tensor) -> Tensor:
         >>> scores_of(torch.tensor([[0.0, 0.0, -1.0], [1.0, float("inf"), 0.0]]), torch.tensor([0, 1])).tolist()[1]
         1.0
     """
-    if _is_on_processor(logits):
-        return _in_chunks(logits.detach(), labels)
     shares, total = weights(logits)
     return (shares.gather(-1, labels.unsqueeze(-1)) * (1 / total)).squeeze(-1)
-
-
-def _is_on_processor(logits: Tensor) -> bool:
-    return logits.device.type == "cpu" and logits.numel() > 0 and is_unwatched(logits)
-
-
-def _in_chunks(logits: Tensor, labels: Tensor | None) -> Tensor:
-    """Score a few queries at a time: every class, or that of ``labels``. Not for graphs, which it would make long."""
-    rows = logits.flatten(0, -2) if logits.dim() > 1 else logits.unsqueeze(0)
-    count = max(1, _CHUNK * torch.get_num_threads() // int(rows.shape[1]))
-    chosen = [None] * -(-len(rows) // count) if labels is None else torch.split(labels.reshape(-1, 1), count)
-    found = []
-    for chunk, classes in zip(torch.split(rows, count), chosen, strict=True):
-        shares, total = _weights_from_one_table(chunk)
-        shares = shares if classes is None else shares.gather(1, classes)
-        found.append(shares * (1 / total))
-    return torch.cat(found).reshape(logits.shape if labels is None else labels.shape)
-
-
-def _weights_from_one_table(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Give what :func:`weights` gives, to the bit, of rows (N, C), in half of the passes.
-
-    The integer ``u`` is made one; COARSE[i] * FINE[j], whose indices are neighbours in it, is looked up as one rounded
-    product. Of the limbs the last two are summed as one, in float64: as many bits as they and the number of classes
-    have fit into it, and the sum is then rounded to float32 once, where ``weights`` adds the two and rounds once.
-    """
-    peak = rows.amax(dim=1, keepdim=True)
-    peak = peak.to(torch.promote_types(rows.dtype, torch.float32))
-    gap = torch.where(peak == -math.inf, 0.0, peak) - rows
-    gap = gap.to(torch.float32).nan_to_num(nan=0.0) * GAP_SCALE
-    steps = gap.clamp(max=GREATEST_STEP).to(torch.int32)  # towards 0, which is down
-    place, rest = steps >> 10, steps & 1023
-    shares = _products_on(rows.device).index_select(0, place.flatten()).view(rows.shape)
-    shares = shares * torch.rsub(rest.to(torch.float32), 1.0, alpha=REST_SCALE * SLOPE)
-
-    bits, limb_count = limbs(int(rows.shape[1]))
-    sums, left = [], shares
-    for _ in range(limb_count - 2):
-        scaled = left * 2.0**bits
-        limb = scaled.floor()
-        left = scaled - limb
-        sums.append(limb.sum(dim=1, keepdim=True))
-    last = min(limb_count, 2) * bits
-    total = ((left * 2.0**last).floor().sum(dim=1, keepdim=True, dtype=torch.float64) * 2.0 ** (bits - last)).float()
-    for coarser in reversed(sums):
-        total = coarser + total * 2.0**-bits
-    total = (total * 2.0**-bits).clamp(min=1)
-    return shares, torch.where(peak.isnan(), math.nan, total)
 
 
 def weights(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -236,21 +182,14 @@ def _tables(like: Tensor) -> tuple[Tensor, Tensor]:
     # device: a copy to it costs more than all the rest.
     if not is_unwatched(like):
         return _tensor(COARSE, device), _tensor(FINE, device)
-    return _tables_on(device)
+    return tables_on(device)
 
 
 @functools.lru_cache(maxsize=64)
-def _tables_on(device: torch.device) -> tuple[Tensor, Tensor]:
+def tables_on(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Give COARSE and FINE on a device, the same two tensors at each call."""
     with torch.inference_mode(mode=False):  # what is made inside cannot be saved for a backward pass later
         return _tensor(COARSE, device), _tensor(FINE, device)
-
-
-@functools.lru_cache(maxsize=8)
-def _products_on(device: torch.device) -> Tensor:
-    """Give COARSE[i] * FINE[j] at i * 256 + j."""
-    coarse, fine = _tables_on(device)
-    with torch.inference_mode(mode=False):
-        return (coarse.unsqueeze(1) * fine).flatten()
 
 
 def _tensor(table: tuple[float, ...], device: torch.device) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from detpost.detections import INVALID, Detections
-from detpost.kernels.aten import selection as aten
+from detpost.kernels.aten import decode as aten
 from detpost.reference import decode as reference
 from detpost.reference import softmax
 from detpost.spec import DecodeSpec
@@ -41,7 +41,7 @@ def select(scores: Tensor, k: int) -> Tensor:
     kept = min(k, scores.shape[1])
     chosen = [_best_of_row(row, kept) for row in _array(scores)] if kept else []
     if not chosen or any(indices is None for indices in chosen):
-        return aten.select(scores, k)
+        return aten.STEPS.select(scores, k)
     return torch.from_numpy(np.stack(chosen))  # type: ignore[arg-type]
 
 
@@ -58,7 +58,7 @@ def decode(logits: Tensor, boxes: Tensor, image_sizes: Tensor | None, spec: Deco
         The detections.
     """
     found = _decode(logits, boxes, image_sizes, spec)
-    return reference.decode(logits, boxes, image_sizes, spec, aten.select) if found is None else found
+    return reference.decode(logits, boxes, image_sizes, spec, aten.STEPS) if found is None else found
 
 
 def _decode(logits: Tensor, boxes: Tensor, image_sizes: Tensor | None, spec: DecodeSpec) -> Detections | None:

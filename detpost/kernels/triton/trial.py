@@ -171,7 +171,7 @@ def _decodes_one(
     boxes = (boxes * 1.2 - 0.1).to(device, boxes_dtype)
     sizes = torch.tensor([[480, 640], [37, 1000], [1, 1]])
     given = (logits, boxes, None if sizes_dtype is None else sizes.to(device, sizes_dtype), spec)
-    found, expected = triton_decode.decode(*given), reference.decode(*given, aten.select)
+    found, expected = triton_decode.decode(*given), reference.decode(*given, reference.Steps(aten.select))
     # Of softmax the score is the order, to the bit; of sigmoid exp may differ in float64's last bit.
     exact = ("labels", "queries", "valid", *(("scores",) if spec.activation == "softmax" else ()))
     return all(torch.equal(getattr(found, name), getattr(expected, name)) for name in exact) and all(
