@@ -64,7 +64,7 @@ class Found:
             (n, height, width), bool, on the CPU, in the order of the slots.
         """
         assert self.masks is not None
-        for slots in torch.split(torch.nonzero(valid)[:, 0], _AT_A_TIME):
+        for slots in torch.split(torch.arange(len(valid), device=valid.device)[valid], _AT_A_TIME):
             yield self._upsampled(index, size, slots)
 
     def beside_of(self, index: int, size: tuple[int, int], valid: Tensor, encoded: bool) -> dict[str, Any]:
