@@ -178,6 +178,11 @@ def verify(
     return VerifyReport(one.name, other.name, one.kind, checks)
 
 
+def _kept(valid: Tensor) -> Tensor:
+    """Give the places of the valid slots (K,) of an image."""
+    return torch.arange(len(valid), device=valid.device)[valid]
+
+
 def _check_raw(
     one: Any,
     other: Any,
@@ -210,7 +215,7 @@ def _bare_masks(side: Any, shape: tuple[int, int]) -> Check:
     gaps = [
         _mask_gap(_mask(made, slot, size, image), _mask(plain, slot, size, image))
         for image, size in enumerate(map(tuple, sizes.tolist()))
-        for slot in torch.nonzero(found.valid[image])[:, 0].tolist()
+        for slot in _kept(found.valid[image]).tolist()
     ]
     return _check_of_masks("masks", gaps)
 
@@ -281,7 +286,7 @@ def _compare_beside(
     name: str, one: Found, other: Found, pairs: Sequence[tuple[int, int]], size: tuple[int, int]
 ) -> Iterator[Check]:
     """Compare masks by their overlap, keypoints and oriented boxes by their places, of detections that are partners."""
-    places = [torch.nonzero(side.detections.valid[0])[:, 0] for side in (one, other)]
+    places = [_kept(side.detections.valid[0]) for side in (one, other)]
     slots = [(int(places[0][first]), int(places[1][second])) for first, second in pairs]
     if one.masks is not None and other.masks is not None:
         gaps = [_mask_gap(_mask(one, first, size), _mask(other, second, size)) for first, second in slots]
@@ -306,7 +311,7 @@ def _masks_of_raw(name: str, side: Any, again: Detections, size: tuple[int, int]
         yield Check(name, not differing, int(again.valid.sum()), differing, 0.0, 0.0, "compared to the bit")
         return
     plain = Found(again, gathered, made.style, letterboxed=made.letterboxed)
-    slots = torch.nonzero(again.valid[0])[:, 0].tolist()
+    slots = _kept(again.valid[0]).tolist()
     if made.at_image and made.letterboxed is None:
         gaps = [_mask_gap(_mask(made, slot, size), _mask(plain, slot, size)) for slot in slots]
         yield _check_of_masks(name, gaps)
