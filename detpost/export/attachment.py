@@ -26,7 +26,7 @@ from detpost.export.layouts import Layout, layout_of
 from detpost.export.raw_heads import find_raw_heads
 from detpost.export.raw_values import find_raw_values
 from detpost.export.source import first_line
-from detpost.export.surgery import cut_behind, free_name, rename_values, true_inputs, value_names
+from detpost.export.surgery import cut_behind, free_name, rename_values, take_shape_from, true_inputs, value_names
 from detpost.export.weights import read_onnx
 from detpost.export.written import WrittenFile
 from detpost.images import Preprocessing
@@ -272,9 +272,22 @@ def attach_graph(
     rename_values(decode.graph, {**dict(zip(kept_names, raw_names, strict=True)), **of_sizes})
     kept = dict(zip(kept_names, raw_values, strict=True)) if keep_raw else {}
     merged = _merge(onnx, model, decode, raw.batch, len(raw_names), kept, prefix)
+    if sizes is not None:
+        notes = [*notes, *_without_old_sizes(merged.graph, sizes)]
     found_names = {"logits": raw_names[0], "boxes": raw_names[1]}
     found_names |= {raw_name(head): name for head, name in zip(heads, raw_names[2:], strict=True)}
     return Attached(merged, tuple(notes), found_names, raw.num_classes, sizes)
+
+
+def _without_old_sizes(graph: onnx.GraphProto, sizes: str) -> list[str]:
+    """Drop inputs (B, 2) that served what was cut off: an exporter may take the batch from their shape alone."""
+    old = [value.name for value in true_inputs(graph) if value.name != sizes and _is_of_pairs(value)]
+    return [f"no longer an input: {name}" for name in old if take_shape_from(graph, name, sizes)]
+
+
+def _is_of_pairs(value: onnx.ValueInfoProto) -> bool:
+    dims = value.type.tensor_type.shape.dim
+    return len(dims) == 2 and dims[1].dim_value == 2
 
 
 def _input_size(model: onnx.ModelProto) -> tuple[int, int] | str | None:

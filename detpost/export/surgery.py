@@ -12,7 +12,17 @@ from detpost.export.weights import inner_graphs
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["Cut", "cut_behind", "free_name", "held_values", "rename_values", "true_inputs", "uses_of", "value_names"]
+__all__ = [
+    "Cut",
+    "cut_behind",
+    "free_name",
+    "held_values",
+    "rename_values",
+    "take_shape_from",
+    "true_inputs",
+    "uses_of",
+    "value_names",
+]
 
 
 @dataclass(frozen=True)
@@ -114,6 +124,21 @@ def true_inputs(graph: onnx.GraphProto) -> list[onnx.ValueInfoProto]:
     """Give the inputs that a caller fills: old models list their weights among them too."""
     weights = {tensor.name for tensor in graph.initializer}
     return [value for value in graph.input if value.name not in weights]
+
+
+def take_shape_from(graph: onnx.GraphProto, name: str, other: str) -> bool:
+    """Read the shape of another input where an input's shape is all that is read; that input is then no longer one.
+
+    Returns:
+        Whether it was so.
+    """
+    users = [node for node in _all_nodes(graph.node) if name in node.input]
+    if not users or any(node.op_type != "Shape" for node in users) or name in {value.name for value in graph.output}:
+        return False
+    for node in users:
+        node.input[0] = other
+    _drop(graph.input, [place for place, value in enumerate(graph.input) if value.name == name])
+    return True
 
 
 def free_name(name: str, taken: set[str], prefix: str = "detpost_") -> str:

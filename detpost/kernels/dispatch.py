@@ -214,6 +214,7 @@ FORMS: Final[dict[str, tuple[Form, ...]]] = {
     "nms": (
         Form("native", native_nms.keep, native_nms.keep_as_operator, _FLOATING),
         _seen(_GRAPH, _nms_by_floats),
+        _seen(_TRANSFORM, _nms_by_floats),  # vmap of PyTorch 2.11 cannot read numbers as those of another type
         _seen("aten", _nms_by_words),
         _seen(_DEFINITION, reference_nms.keep),
     ),

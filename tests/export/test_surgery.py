@@ -4,7 +4,16 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from detpost.export.surgery import cut_behind, free_name, held_values, rename_values, true_inputs, uses_of, value_names
+from detpost.export.surgery import (
+    cut_behind,
+    free_name,
+    held_values,
+    rename_values,
+    take_shape_from,
+    true_inputs,
+    uses_of,
+    value_names,
+)
 
 
 def value(name, kind=TensorProto.FLOAT, shape=("n",)):
@@ -89,3 +98,19 @@ def test_names_in_branches_are_seen_and_renamed():
 def test_a_free_name_is_free():
     assert free_name("x", {"detpost_x", "detpost_x_"}) == "detpost_x__"
     assert free_name("x", set(), "source_") == "source_x"
+
+
+def test_an_input_whose_shape_alone_is_read_goes_and_one_whose_values_are_read_stays():
+    pairs = [helper.make_tensor_value_info(name, TensorProto.INT64, ["B", 2]) for name in ("old", "new", "read")]
+    nodes = [
+        helper.make_node("Shape", ["old"], ["batch"]),
+        helper.make_node("Shape", ["read"], ["other"]),
+        helper.make_node("Neg", ["read"], ["value"]),
+    ]
+    outputs = [helper.make_tensor_value_info(name, TensorProto.INT64, None) for name in ("batch", "other", "value")]
+    graph = helper.make_graph(nodes, "shapes", pairs, outputs)
+    assert not take_shape_from(graph, "read", "new")
+    assert not take_shape_from(graph, "new", "old"), "nothing reads it"
+    assert take_shape_from(graph, "old", "new")
+    assert [value.name for value in graph.input] == ["new", "read"]
+    assert [list(node.input) for node in graph.node] == [["new"], ["read"], ["read"]]
