@@ -100,9 +100,9 @@ def main(images, out, *points):
         def second(folder=folder):
             count = []
 
-            def counting(batch):
+            def counting(batch, encode_masks=False):
                 count.extend(batch)
-                return predict(batch)
+                return predict(batch, encode_masks)
 
             detector.predict_ready = counting
             summary = subject.detect([images], folder, **OPTIONS)

@@ -40,11 +40,11 @@ def quick(detector, monkeypatch):
     seen = []
     predict = detector.predict_ready
 
-    def counting(images):
+    def counting(images, encode_masks=False):
         seen.append(len(images))
-        return predict(images)
+        return predict(images, encode_masks)
 
-    def load(model, backend="eager", device=None, threshold=0.5, trust_remote_code=False):
+    def load(model, backend="eager", device=None, threshold=0.5, trust_remote_code=False, allow_pickle=False):
         detector.threshold = threshold
         return detector
 
@@ -316,10 +316,10 @@ class TestFolders:
     def test_an_image_that_the_detector_cannot_take_does_not_end_the_run(self, tmp_path, detector, monkeypatch):
         real = detector.predict_ready
 
-        def fails_on_narrow_images(images):
+        def fails_on_narrow_images(images, encode_masks=False):
             if any(image.size[1] < 4 for image in images):
                 raise RuntimeError("too\nnarrow")
-            return real(images)
+            return real(images, encode_masks)
 
         monkeypatch.setattr(detector, "predict_ready", fails_on_narrow_images)
         monkeypatch.setattr(Detector, "load", lambda *_, **__: detector)
