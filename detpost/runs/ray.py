@@ -6,6 +6,7 @@ import contextlib
 import logging
 import math
 import os
+import re
 import shutil
 import tempfile
 import warnings
@@ -462,11 +463,15 @@ def _one_line_errors() -> Iterator[None]:
     try:
         yield
     except ray.exceptions.RayError as error:
-        cause: BaseException = error
-        while (inner := getattr(cause, "cause", None) or cause.__cause__) is not None:
-            cause = inner
-        lines = str(cause).strip().splitlines() or [type(cause).__name__]
-        kind = next((kind for kind in (OSError, ValueError, TypeError, ImportError) if isinstance(cause, kind)), None)
-        if kind is None:
-            raise RuntimeError(f"Ray: {lines[-1]}") from error
-        raise kind(lines[0]) from error
+        chain: list[BaseException] = [error]
+        while (inner := getattr(chain[-1], "cause", None) or chain[-1].__cause__) is not None:
+            chain = [*chain, inner]
+        cause = chain[-1]
+        line = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
+        if isinstance(cause, ray.exceptions.RayError):  # the worker's own error is text in Ray's account of it
+            account = "\n".join(map(str, chain))
+            raised = re.findall(r"^(?!ray\.)(?:\w+\.)*\w+(?:Error|Exception): (.+)$", account, re.MULTILINE)
+            line = raised[-1] if raised else line
+        kinds = (OSError, ValueError, TypeError, ImportError)
+        kind = next((kind for kind in kinds if isinstance(cause, kind)), RuntimeError)
+        raise kind(line) from error
