@@ -174,7 +174,7 @@ DEFAULTS = {
 def forget():
     """As in a fresh process: whatever is made once is made again."""
     native_decode._templates.cache_clear()
-    softmax._tables_on.cache_clear()
+    softmax.tables_on.cache_clear()
 
 
 # What has more than one form goes through each of them.

@@ -71,8 +71,9 @@ OPERATORS: Mapping[str, frozenset[str]] = {
     "ReduceMin": frozenset({"float"}),
     "ReduceSum": frozenset({"float"}),
     "Relu": frozenset({"float"}),
-    "Reshape": frozenset({"float", "int32"}),
-    "Shape": frozenset({"float"}),  # of images whose size is free, and of masks
+    "Reshape": frozenset({"float", "int32", "float16", "bfloat16", "double"}),  # halves: keypoints of the network
+    # Of images whose size is free, and of masks as the network gives them; a shape is one whatever the dtype.
+    "Shape": frozenset({"float", "float16", "bfloat16", "double"}),
     "Sigmoid": frozenset({"float"}),
     "Slice": frozenset({"float", "int32", "bool"}),  # int32 and bool: masks, a few slots at a time
     "Softmax": frozenset({"float"}),  # ties="onnx" alone

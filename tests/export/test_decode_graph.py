@@ -19,6 +19,9 @@ from detpost.export import decode_graph as module
 from detpost.export import operators, selection_graph
 from detpost.export.attachment import attach_graph
 from detpost.export.decode_graph import decode_graph
+from detpost.export.front_graph import PLACEMENT
+from detpost.export.heads import KeypointHead, MaskHead, OrientedHead
+from detpost.export.heads_graph import RawHead
 from detpost.export.layouts import LAYOUTS
 from detpost.reference import softmax
 from detpost.reference.selection import best_class, select_top_k
@@ -404,14 +407,36 @@ def every_graph():
     return graphs
 
 
+def head_graphs():
+    """A graph of each kind of value beside the boxes, at fixed and open sizes, in single and half precision."""
+    heads = {
+        **{
+            f"masks {size} {style}": (MaskHead(size, style), [(30, 8, 9), (30, "h", "w")])
+            for size in ("network", "image")
+            for style in ("rfdetr", "dfine_seg")
+        },
+        "keypoints": (KeypointHead(), [(30, 34)]),
+        "keypoints of classes": (KeypointHead((0, 2, 3, 0, 1)), [(30, 15, 8)]),
+        "oriented boxes": (OrientedHead(2.0), [(30, 5)]),
+    }
+    graphs = {}
+    for (name, (head, shapes)), clip, placed in itertools.product(heads.items(), (False, True), (False, True)):
+        spec = DecodeSpec.preset("rtdetr", clip=clip)
+        for shape, dtype in itertools.product(shapes, (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16)):
+            graphs[name, clip, placed, shape, dtype] = decode_graph(
+                spec, 30, 7, opset=17, heads=[RawHead(head, shape, dtype)], input_size=PLACEMENT if placed else None
+            )
+    return graphs
+
+
 class TestOperators:
     def test_every_graph_keeps_to_the_table(self):
         used = {}
-        for case, model in every_graph().items():
+        edge = {"float16", "bfloat16", "double"}  # the network's outputs
+        for case, model in {**every_graph(), **head_graphs()}.items():
             for operator, dtypes in operators.inventory(model).items():
                 assert dtypes <= operators.OPERATORS[operator], (case, operator, dtypes)
-                used.setdefault(operator, set()).update(dtypes)
-        edge = {"float16", "bfloat16", "double"}  # the network's outputs
+                used.setdefault(operator, set()).update(dtypes - edge)
         assert used == {name: set(dtypes) - edge for name, dtypes in operators.OPERATORS.items()}
 
     def test_no_double_no_branch_no_loop_and_int64_for_shapes_indices_and_outputs_alone(self):

@@ -201,20 +201,20 @@ def test_no_derivative_is_nan():
 
 
 def test_a_default_device_changes_nothing():
-    softmax._tables_on.cache_clear()
+    softmax.tables_on.cache_clear()
     logits = adversarial_rows(5)
     with torch.device("meta"):
         inside = softmax.scores(logits)
     with torch.inference_mode():
-        softmax._tables_on.cache_clear()
+        softmax.tables_on.cache_clear()
         softmax.scores(logits)
     assert torch.equal(inside, softmax.scores(logits))
-    assert not softmax._tables_on(logits.device)[0].is_inference()
+    assert not softmax.tables_on(logits.device)[0].is_inference()
 
 
 @pytest.mark.parametrize("first", [torch.func.vmap, torch.func.grad])
 def test_a_first_use_inside_a_transform_leaves_nothing_behind(first):
-    softmax._tables_on.cache_clear()
+    softmax.tables_on.cache_clear()
     logits = adversarial_rows(5)
     first(lambda values: scored(values, torch.zeros(values.shape[:-1], dtype=torch.int64)).sum())(logits)
     assert torch.equal(softmax.scores(logits), by_integers(logits))
