@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from detpost.detections import Detections
 from detpost.heads.found import Found
 from detpost.heads.segmenter import SegmenterModule
-from detpost.images import FixedSize, Prepare, Preprocessing, Ready, Untouched, opened
+from detpost.images import FixedSize, Prepare, PreparedImage, Preprocessing, Untouched, opened
 from detpost.integrations.model_names import look_up
 from detpost.postprocess import DetectionPostProcessor, DetectorModule
 from detpost.spec import DecodeSpec
@@ -187,7 +187,7 @@ class Detector:
             for row in self.predict_ready([self.ready(source) for source in sources[start : start + size]])
         ]
 
-    def ready(self, source: Any, max_pixels: int | None = None) -> Ready:
+    def ready(self, source: Any, max_pixels: int | None = None) -> PreparedImage:
         """Read an image and do what can be done to it alone; any thread may.
 
         Args:
@@ -203,7 +203,7 @@ class Detector:
         with opened(source, max_pixels) as image:
             return self.prepare.one(image)
 
-    def predict_ready(self, images: Sequence[Ready], encode_masks: bool = False) -> list[dict[str, Any]]:
+    def predict_ready(self, images: Sequence[PreparedImage], encode_masks: bool = False) -> list[dict[str, Any]]:
         """Detect in images that are ready, in one batch where the detector takes any number.
 
         Args:
@@ -221,7 +221,7 @@ class Detector:
             for row in self._predict_batch(images[start : start + size], encode_masks)
         ]
 
-    def _predict_batch(self, images: Sequence[Ready], encode_masks: bool) -> list[dict[str, Any]]:
+    def _predict_batch(self, images: Sequence[PreparedImage], encode_masks: bool) -> list[dict[str, Any]]:
         # A run that is fixed to a batch size gets the last image again where images run out.
         filled = [*images, *[images[-1]] * ((self.batch or len(images)) - len(images))]
         batch, sizes, mask = self.prepare.batch(filled)

@@ -87,9 +87,9 @@ def weighted_boxes(
     inside = _in_unit_square(corners.to(torch.float64))  # (N, 4)
     area = (inside[:, 2] - inside[:, 0]) * (inside[:, 3] - inside[:, 1])
     wide = raw.to(torch.float64)
-    laid = _Laid(inside, wide, number, (raw >= skip) & (area != 0), _numbered(boxes))
+    laid = _LaidOut(inside, wide, number, (raw >= skip) & (area != 0), _numbered(boxes))
     # Of equal scores the later first: the walk takes the lower index, so it is given the boxes backwards.
-    laid = _Laid(*(values.flip(0).unsqueeze(0) for values in laid))
+    laid = _LaidOut(*(values.flip(0).unsqueeze(0) for values in laid))
     begins, fused, found = _fused(laid, shares, limit, confidence, allow_overflow)
     chosen = _as_ensemble_boxes(laid, shares, begins, found.detach())
     return (
@@ -205,7 +205,7 @@ def merge(
     return {name: values[0, merged.valid[0]] for name, values in zip(names, merged, strict=False)}
 
 
-class _Laid(NamedTuple):
+class _LaidOut(NamedTuple):
     """Boxes of one list, or of one list for each of B images."""
 
     boxes: Tensor  # (B, N, 4)
@@ -221,7 +221,7 @@ class _Laid(NamedTuple):
 
 
 def _fused(
-    laid: _Laid, weights: Sequence[float], threshold: float, confidence: Confidence, allow_overflow: bool
+    laid: _LaidOut, weights: Sequence[float], threshold: float, confidence: Confidence, allow_overflow: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Fuse in float64; give where clusters begin (B, N), and there their boxes (B, N, 4) and scores (B, N)."""
     shares = _constants(weights, torch.float64, laid.scores.device)
@@ -233,7 +233,7 @@ def _fused(
 
 
 def _confidences(
-    laid: _Laid,
+    laid: _LaidOut,
     owners: Tensor,
     weighted: Tensor,
     means: Tensor,
@@ -269,7 +269,7 @@ def _or_one(values: Tensor) -> Tensor:
     return torch.where(values == 0, 1.0, values)
 
 
-def _as_ensemble_boxes(laid: _Laid, weights: Sequence[float], begins: Tensor, found: Tensor) -> Tensor:
+def _as_ensemble_boxes(laid: _LaidOut, weights: Sequence[float], begins: Tensor, found: Tensor) -> Tensor:
     """Order clusters by score, equal ones as ensemble-boxes does: (M,), indices into one list that runs backwards.
 
     It lists the clusters label by label, labels as they first came, in each as they began; sorts stably; turns round.
@@ -335,7 +335,7 @@ def _one_image(image: Mapping[str, Tensor]) -> Detections:
     return Detections(scores, labels, boxes, labels, torch.ones_like(scores, dtype=torch.bool))
 
 
-def _laid_out(lists: Sequence[Detections], offsets: Tensor | Sequence[Sequence[float]] | None) -> _Laid:
+def _laid_out(lists: Sequence[Detections], offsets: Tensor | Sequence[Sequence[float]] | None) -> _LaidOut:
     """Lay lists of Detections end to end, boxes moved by their offsets."""
     boxes = [image.boxes for image in lists]
     if offsets is not None:
@@ -347,7 +347,7 @@ def _laid_out(lists: Sequence[Detections], offsets: Tensor | Sequence[Sequence[f
         boxes = [box + move for box, move in zip(boxes, moves.unbind(0), strict=True)]
     scores = torch.cat([image.scores for image in lists], dim=1)  # (B, N)
     numbers = [torch.full_like(image.labels, i, dtype=torch.int64) for i, image in enumerate(lists)]
-    return _Laid(
+    return _LaidOut(
         boxes=torch.cat(boxes, dim=1),
         scores=scores,
         labels=torch.cat([image.labels for image in lists], dim=1).to(torch.int64),

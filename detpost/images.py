@@ -191,7 +191,7 @@ def shrunk(image: Rows, times: int) -> Tensor:
     return resize(image, max(1, image.height // times), max(1, image.width // times))
 
 
-class Ready(NamedTuple):
+class PreparedImage(NamedTuple):
     """One image as a network takes it, but for what is done to a whole batch.
 
     Args:
@@ -209,11 +209,11 @@ class Prepare(ABC):
     """What is done to images before the network: to each alone, which any thread may do, and to the batch."""
 
     @abstractmethod
-    def one(self, image: Rows) -> Ready:
+    def one(self, image: Rows) -> PreparedImage:
         """Do what can be done to an image alone."""
 
     @abstractmethod
-    def batch(self, images: Sequence[Ready]) -> tuple[Tensor, Tensor, Tensor | None]:
+    def batch(self, images: Sequence[PreparedImage]) -> tuple[Tensor, Tensor, Tensor | None]:
         """Bring images together.
 
         Args:
@@ -229,7 +229,7 @@ class Prepare(ABC):
         return self.batch([self.one(TensorRows(image)) for image in images])
 
 
-def sizes_of(images: Sequence[Ready]) -> Tensor:
+def sizes_of(images: Sequence[PreparedImage]) -> Tensor:
     """Give the (height, width) of each original image, (B, 2) int64."""
     return torch.tensor([image.size for image in images], dtype=torch.int64, device="cpu").reshape(-1, 2)
 
@@ -289,11 +289,11 @@ class Preprocessing:
 class Untouched(Prepare):
     """Images as they are, for a network that resizes itself: a batch of one, since sizes differ."""
 
-    def one(self, image: Rows) -> Ready:
+    def one(self, image: Rows) -> PreparedImage:
         """Take an image whole; it stays uint8."""
-        return Ready(image.rows(0, image.height), (image.height, image.width))
+        return PreparedImage(image.rows(0, image.height), (image.height, image.width))
 
-    def batch(self, images: Sequence[Ready]) -> tuple[Tensor, Tensor, None]:
+    def batch(self, images: Sequence[PreparedImage]) -> tuple[Tensor, Tensor, None]:
         """Bring images of one size together, as uint8."""
         return torch.stack([image.pixels for image in images]).contiguous(), sizes_of(images), None
 
@@ -308,12 +308,12 @@ class FixedSize(Prepare):
     def __init__(self, preprocessing: Preprocessing) -> None:
         self.preprocessing = preprocessing
 
-    def one(self, image: Rows) -> Ready:
+    def one(self, image: Rows) -> PreparedImage:
         """Resize an image; it stays uint8."""
         pixels = resize(image, self.preprocessing.height, self.preprocessing.width)
-        return Ready(pixels, (image.height, image.width))
+        return PreparedImage(pixels, (image.height, image.width))
 
-    def batch(self, images: Sequence[Ready]) -> tuple[Tensor, Tensor, None]:
+    def batch(self, images: Sequence[PreparedImage]) -> tuple[Tensor, Tensor, None]:
         """Scale and normalise a batch."""
         # Planes, whatever the images came as: a network computes other last places on channels that lie last.
         planes = torch.stack([image.pixels for image in images]).contiguous()

@@ -24,7 +24,7 @@ from detpost.spec import DecodeSpec
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["Inside", "find_inside", "values_in_tail"]
+__all__ = ["InnerValues", "find_inner_values", "values_in_tail"]
 
 Array = np.ndarray[Any, Any]
 
@@ -44,7 +44,7 @@ _SOFTMAX: dict[str, Any] = {"activation": "softmax", "background": "last", "sele
 
 
 @dataclass(frozen=True)
-class Inside:
+class InnerValues:
     """Raw values inside a graph.
 
     Args:
@@ -88,9 +88,9 @@ class _Decoded:
     boxes: Array
 
 
-def find_inside(
+def find_inner_values(
     model: onnx.ModelProto, tail: Tail, spec: DecodeSpec, names: Mapping[str, str], folder: Path | None
-) -> Inside | str:
+) -> InnerValues | str:
     """Find the raw values behind a model's own detections.
 
     Args:
@@ -167,7 +167,7 @@ class _Search:
     spec: DecodeSpec
     tail: Tail
 
-    def first_that_agrees(self, reading: _Reading, clipped: bool) -> Inside | None:
+    def first_that_agrees(self, reading: _Reading, clipped: bool) -> InnerValues | None:
         """Find the pair nearest to the outputs whose decode gives the reading's detections."""
         for selection in dict.fromkeys((self.spec.selection, "flat", "per_query")):
             for logits_name, logits in self.logits.items():
@@ -186,7 +186,7 @@ class _Search:
                     scales = self.scales[:1] if _are_normalised(reading.boxes) else self.scales[1:]
                     if any(_agree(reading, decoded, table, scale, clipped, tolerance) for scale in scales):
                         notes = self._notes(reading, selection, table)
-                        return Inside(logits_name, boxes_name, logits, boxes, notes)
+                        return InnerValues(logits_name, boxes_name, logits, boxes, notes)
         return None
 
     def _decode(self, logits: Array, boxes: Array, selection: str, count: int) -> _Decoded:

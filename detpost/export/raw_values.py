@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from detpost.export.graph import import_onnx
-from detpost.export.inside import find_inside, values_in_tail
+from detpost.export.inside import find_inner_values, values_in_tail
 from detpost.export.runtime import onnx_values
 from detpost.export.source import first_line
 from detpost.export.surgery import held_values, true_inputs, value_names
@@ -186,7 +186,7 @@ def _inside(
     reason: ValueError,
 ) -> tuple[RawValues, list[str]]:
     """Look before the model's own post-processing; ``reason`` is why its outputs do not serve."""
-    found = find_inside(model, tail, spec, names, folder)
+    found = find_inner_values(model, tail, spec, names, folder)
     if isinstance(found, str):
         raise ValueError(f"{reason}" + (f"; {found}" if found else "")) from None
     batch = _batch(model)

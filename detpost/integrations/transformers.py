@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from detpost.images import MOST_PIXELS, FixedSize, Prepare, Preprocessing, Ready, Rows, shrunk, sizes_of
+from detpost.images import MOST_PIXELS, FixedSize, Prepare, PreparedImage, Preprocessing, Rows, shrunk, sizes_of
 from detpost.integrations.image_processors import patched, post_process_object_detection
 from detpost.integrations.loaded import LoadedDetector
 from detpost.integrations.model_names import ModelName, look_up, spelled_alike
@@ -151,15 +151,15 @@ class _Processor(Prepare):
     def __init__(self, processor: Any) -> None:
         self._processor = processor
 
-    def one(self, image: Rows) -> Ready:
+    def one(self, image: Rows) -> PreparedImage:
         # It takes an image whole: one that is too large for that is shrunk first, by a whole number.
         times = math.ceil(math.sqrt(image.height * image.width / MOST_PIXELS))
         whole = image.rows(0, image.height) if times <= 1 else shrunk(image, times)
         found = self._processor(images=[whole], return_tensors="pt", input_data_format="channels_first")
         mask = found.get("pixel_mask")
-        return Ready(found["pixel_values"][0], (image.height, image.width), None if mask is None else mask[0])
+        return PreparedImage(found["pixel_values"][0], (image.height, image.width), None if mask is None else mask[0])
 
-    def batch(self, images: Sequence[Ready]) -> tuple[Tensor, Tensor, Tensor | None]:
+    def batch(self, images: Sequence[PreparedImage]) -> tuple[Tensor, Tensor, Tensor | None]:
         height, width = (max(image.pixels.shape[side] for image in images) for side in (1, 2))
         masks = [image.mask for image in images if image.mask is not None]
         if not masks and any(image.pixels.shape[1:] != (height, width) for image in images):

@@ -50,7 +50,7 @@ class Subject:
 
 
 @dataclass
-class Held:
+class HeldTensor:
     """One tensor that the subject holds between calls: its copy, in use during the run, and what it is."""
 
     kind: str  # "parameter", "buffer" or "captured tensor"
@@ -63,7 +63,7 @@ class Held:
 class State:
     """What a run may look at: the tensors held, and afterwards the names of Python attributes that it changed."""
 
-    held: list[Held] = field(default_factory=list)
+    held: list[HeldTensor] = field(default_factory=list)
     changed_attributes: list[str] = field(default_factory=list)
 
 
@@ -119,7 +119,7 @@ def isolated(subject: Subject, dtype: torch.dtype | None = None) -> Iterator[Sta
                 lent = _copy(value, memo, dtype)
                 put(lent)
                 undo.callback(put, value)
-                state.held.append(Held("captured tensor", name, lent, value))
+                state.held.append(HeldTensor("captured tensor", name, lent, value))
         yield state
 
 
@@ -142,7 +142,7 @@ def _lend(
     if isinstance(part, torch.jit.ScriptModule):  # its registries live in C++ and exchange nothing
         for kind, pairs in (("parameter", part.named_parameters), ("buffer", part.named_buffers)):
             for name, tensor in pairs(recurse=False):
-                state.held.append(Held(kind, f"{label}.{name}".lstrip("."), tensor, tensor))
+                state.held.append(HeldTensor(kind, f"{label}.{name}".lstrip("."), tensor, tensor))
         return
     registries = [("captured tensor", vars(part))]
     if isinstance(part, nn.Module):
@@ -158,7 +158,7 @@ def _lend(
             if isinstance(tensor, Tensor):
                 lent = _copy(tensor, memo, dtype)
                 registry.update({name: lent})
-                state.held.append(Held(kind, f"{label}.{name}".lstrip("."), lent, tensor))
+                state.held.append(HeldTensor(kind, f"{label}.{name}".lstrip("."), lent, tensor))
     if type(part).__module__.split(".")[0] != "torch":  # torch's own bookkeeping is stirred up by the exchange itself
         undo.callback(_note_changes, part, _shadow(part), label, state)
 

@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from detpost.purity.frames import Site, caller_frame, site_of
-from detpost.purity.isolation import Held
+from detpost.purity.isolation import HeldTensor
 from detpost.purity.report import Finding
 from detpost.purity.rules import Severity
 
@@ -50,7 +50,7 @@ Written = tuple[str, str]  # what a write writes ("input", "buffer", ...), and i
 
 
 @dataclass
-class Seen:
+class Step:
     """A torch function or an operator that is about to run, and from where."""
 
     arguments: tuple[Any, ...]
@@ -70,7 +70,7 @@ class Seen:
 
 
 @dataclass
-class Call(Seen):
+class Call(Step):
     """One call of a torch function."""
 
     serial: int
@@ -80,7 +80,7 @@ class Call(Seen):
 
 
 @dataclass
-class Operation(Seen):
+class Operation(Step):
     """One operator, and the call of a torch function whose own code runs it, if there is one."""
 
     operator: Any
@@ -115,7 +115,7 @@ class Recorder:
     The inputs come with their names, as passed; the anchor is the frame that calls the subject.
     """
 
-    def __init__(self, inputs: Iterable[tuple[str, Tensor]], held: Iterable[Held], anchor: FrameType) -> None:
+    def __init__(self, inputs: Iterable[tuple[str, Tensor]], held: Iterable[HeldTensor], anchor: FrameType) -> None:
         self.findings: dict[tuple[Any, ...], Finding] = {}
         self.written: set[int] = set()  # ids of the tensors of the caller that an operator wrote
         self.host_views: dict[Any, Site] = {}  # memory that NumPy was given, and where
@@ -255,14 +255,14 @@ class Recorder:
 
     # Findings
 
-    def _sync(self, seen: Seen, call: Call | None, message: str, operator: str, rule: str = "DP010") -> None:
+    def _sync(self, seen: Step, call: Call | None, message: str, operator: str, rule: str = "DP010") -> None:
         """Report a wait, once for each call of a torch function."""
         if call is None or "sync" not in call.reported:
             self._add(rule, "error", message, seen, operator, seen.tensor)
         if call is not None:
             call.reported.add("sync")
 
-    def _write(self, tensor: Any, operator: str, seen: Seen, rule: str, verb: str, level: Severity = "error") -> None:
+    def _write(self, tensor: Any, operator: str, seen: Step, rule: str, verb: str, level: Severity = "error") -> None:
         if not isinstance(tensor, Tensor):
             return
         key, _ = storage_key(tensor)
@@ -282,7 +282,7 @@ class Recorder:
         self._add(rule, level, message, seen, operator, tensor, (kind, name))
 
     def _add(
-        self, rule: str, level: Severity, message: str, seen: Seen, operator: str, tensor: Any, of: Written = ("", "")
+        self, rule: str, level: Severity, message: str, seen: Step, operator: str, tensor: Any, of: Written = ("", "")
     ) -> None:
         site = site_of(seen.place)
         key = (rule, site.file, site.line, operator, *of)

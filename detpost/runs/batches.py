@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from detpost.images import Ready
+from detpost.images import PreparedImage
 
 if TYPE_CHECKING:
     from detpost.detector import Detector
@@ -63,7 +63,7 @@ def _outcomes(detector: Detector, batch: Sequence[Loaded]) -> list[dict[str, Any
     ]
 
 
-def _predict(detector: Detector, images: Sequence[Ready]) -> list[dict[str, Any] | Exception]:
+def _predict(detector: Detector, images: Sequence[PreparedImage]) -> list[dict[str, Any] | Exception]:
     """Run the detector; where a batch does not go through, each image alone."""
     if not images:
         return []

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from detpost.image_files import UprightImage, decoding_bytes, open_image
-from detpost.images import FileRows, Prepare, Ready, Rows, TensorRows, opened
+from detpost.images import FileRows, Prepare, PreparedImage, Rows, TensorRows, opened
 from detpost.runs.memory import Memory
 from detpost.runs.originals import Originals
 
@@ -39,7 +39,7 @@ class Loaded(NamedTuple):
     name: str
     size: int
     mtime_ns: int
-    ready: Ready | None = None
+    ready: PreparedImage | None = None
     error: str = ""
     failure: tuple[Exception, tuple[int, int]] | None = None
     picture: Tensor | None = None

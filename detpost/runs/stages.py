@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from detpost.images import Prepare, Ready
+from detpost.images import Prepare, PreparedImage
 from detpost.runs.batches import detect_batch, failure_text
 from detpost.runs.parquet import import_pyarrow, table_of
 from detpost.runs.parts import Parts, columns
@@ -139,4 +139,4 @@ def _loaded(row: Mapping[str, Any]) -> Loaded:
     mask = row["mask"]
     if mask is not None:
         mask = torch.from_numpy(np.frombuffer(mask, np.uint8).reshape(shape[1:]).astype(np.bool_))
-    return Loaded(name, -1, -1, ready=Ready(pixels, (row["height"], row["width"]), mask))
+    return Loaded(name, -1, -1, ready=PreparedImage(pixels, (row["height"], row["width"]), mask))
