@@ -21,7 +21,7 @@ from rich.table import Table
 from detpost import DetectionPostProcessor, Detections
 from detpost.export import CudaGraph, compile, open_openvino, open_package, package, to_onnx, to_openvino
 from detpost.export.runtime import onnx_session
-from detpost.reference.decode import decode
+from detpost.reference.decode import Steps, decode
 from detpost.verify.compare import raw_cases
 
 Run = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Detections]
@@ -32,7 +32,8 @@ class PlainTopK(DetectionPostProcessor):
 
     def forward(self, logits: torch.Tensor, boxes: torch.Tensor, image_sizes: torch.Tensor | None = None) -> Detections:
         """Decode by a selection as any program has it."""
-        return decode(logits, boxes, image_sizes, self.spec, lambda rows, k: rows.topk(min(k, rows.shape[1])).indices)
+        plain = Steps(select=lambda rows, k: rows.topk(min(k, rows.shape[1])).indices)
+        return decode(logits, boxes, image_sizes, self.spec, plain)
 
 
 # More than eight scores per kept one, so that the group prefilters take part.
