@@ -94,7 +94,9 @@ def _select_queries(logits: Tensor, spec: DecodeSpec, steps: Steps) -> tuple[Ten
     """Choose the kept queries with their best classes, as :func:`_select_pairs`."""
     objects = {"none": logits, "first": logits[..., 1:], "last": logits[..., :-1]}[spec.background]
     if objects.shape[2] == 0:  # nothing but the background
-        best, keys = torch.zeros_like(logits[..., 0], dtype=torch.int64), torch.full_like(logits[..., 0], math.nan)
+        dtype = logits.dtype if spec.activation == "sigmoid" else torch.float32  # of what is selected by, as below
+        best = torch.zeros_like(logits[..., 0], dtype=torch.int64)
+        keys = torch.full_like(logits[..., 0], math.nan, dtype=dtype)
     else:
         # By the logits and not the scores: far below the background, all of a query's scores are 0.
         best = steps.best_class(objects) + (1 if spec.background == "first" else 0)  # (B, Q)
