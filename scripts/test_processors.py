@@ -29,7 +29,7 @@ PROBE = "test_what_computes_is_what_the_environment_asks_for"
 SELECTING = ("tests/test_selection.py", "tests/test_postprocess.py", "tests/test_nms.py", "tests/test_parity.py")
 LOSSES = ("tests/losses", "tests/metrics")
 LEFT_OUT = (
-    *("export", "compile", "dynamo", "onnx", "is_pure", "in_training"),
+    *("export", "compile", "dynamo", "inductor", "onnx", "is_pure", "in_training"),
     *("every_level", "every_instruction_level", "not_given_is_a_memory_error", "not_given_are_done_without"),
 )
 # The Triton kernels are interpreted here, by NumPy, which none of the levels changes.

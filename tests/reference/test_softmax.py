@@ -153,7 +153,7 @@ def smooth(logits, labels):
     return logits.softmax(dim=-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_the_derivatives_are_those_of_softmax(compiled):
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(3, 5, 7, generator=generator, dtype=torch.float64, requires_grad=True)
