@@ -8,7 +8,7 @@ KERNELS := $(wildcard detpost/kernels/cpu/*.cpp detpost/kernels/cpu/*.h)
 OLDEST := .venv-oldest
 RAY := .venv-ray
 
-.PHONY: install demo test test-processors test-oldest test-oldest-fast test-ray test-edge lint docs bench clean
+.PHONY: install demo test test-processors test-lowest test-oldest test-oldest-fast test-ray test-edge lint docs bench clean
 
 install: $(STAMP)
 
@@ -32,6 +32,10 @@ test: $(STAMP)
 # Once for each level of instructions and each form of the kernels that this machine has.
 test-processors: $(STAMP)
 	$(BIN)/python scripts/test_processors.py
+
+# Of these the least instructions alone, for CI.
+test-lowest: $(STAMP)
+	$(BIN)/python scripts/test_processors.py --lowest
 
 # The oldest versions that pyproject.toml admits, in an environment of their own.
 $(OLDEST)/.installed: pyproject.toml setup.py scripts/oldest_versions.py $(KERNELS)
