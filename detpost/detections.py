@@ -63,10 +63,7 @@ class Detections(NamedTuple):
         """
         names = ("scores", "labels", "boxes", "queries")
         values = self.scores, self.labels, self.boxes, self.queries
-        found = tensors.split(names, self.valid, *values)
-        if found is not None:
-            return found
-        return [dict(zip(names, image, strict=True)) for image in _split(self.valid, *values)]
+        return tensors.split(names, self.valid, *values)
 
     def to_coco(
         self, image_ids: Sequence[int | str], category_ids: Sequence[int] | Mapping[int, int] | None = None
@@ -170,18 +167,7 @@ def split_by_image(valid: Tensor, *values: Tensor) -> list[tuple[Tensor, ...]]:
         >>> split_by_image(torch.tensor([[True, False], [True, True]]), torch.tensor([[1, 2], [3, 4]]))
         [(tensor([1]),), (tensor([3, 4]),)]
     """
-    found = tensors.split(None, valid, *values)
-    return _split(valid, *values) if found is None else found
-
-
-def _split(valid: Tensor, *values: Tensor) -> list[tuple[Tensor, ...]]:
-    """Split as :func:`split_by_image` does, in PyTorch's operators."""
-    counts = valid.sum(dim=1).tolist()  # detpost: allow DP010: lists are made on the host
-    if all(count == valid.shape[1] for count in counts):
-        return list(zip(*(rows.clone().unbind(0) for rows in values), strict=True))
-    places = valid.flatten().nonzero().squeeze(1)  # detpost: allow DP020: as long as what is valid
-    parts = (rows.flatten(0, 1).index_select(0, places).split_with_sizes(counts) for rows in values)
-    return list(zip(*parts, strict=True))
+    return tensors.split(None, valid, *values)
 
 
 class _Slot(NamedTuple):

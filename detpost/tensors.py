@@ -1,7 +1,7 @@
 """Tensors in and out of C++ in one call: the extension of ``_tensors.cpp``, where it was built and serves this PyTorch.
 
-Each function here gives ``None`` for what it does not take, and whoever calls it goes on in PyTorch's operators: values
-that autograd follows, other devices, and wherever someone looks at each operator (a compiler, a tracer, a transform).
+What it does not take goes to PyTorch's operators: values that autograd follows, other devices, and wherever someone
+looks at each operator (a compiler, a tracer, a transform).
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ def is_plain_call() -> bool:
     )
 
 
-def split(names: tuple[str, ...] | None, valid: Tensor, *values: Tensor) -> list[Any] | None:
-    """Copy what is valid of each image into tensors of its own, all of them in one allocation.
+def split(names: tuple[str, ...] | None, valid: Tensor, *values: Tensor) -> list[Any]:
+    """Copy what is valid of each image into tensors of its own: by the extension in one allocation, or by operators.
 
     Args:
         names: the keys of each image's dict; ``None`` makes tuples.
@@ -61,15 +61,25 @@ def split(names: tuple[str, ...] | None, valid: Tensor, *values: Tensor) -> list
         values: (B, K) or (B, K, n) each.
 
     Returns:
-        For each image the D rows of each of the values whose slot is valid, or ``None``.
+        For each image the D rows of each of the values whose slot is valid, still differentiable.
 
     Example:
-        >>> images = split(None, torch.tensor([[True, False], [True, True]]), torch.tensor([[1, 2], [3, 4]]))
-        >>> images is None or [rows.tolist() for (rows,) in images] == [[1], [3, 4]]
-        True
+        >>> split(None, torch.tensor([[True, False], [True, True]]), torch.tensor([[1, 2], [3, 4]]))
+        [(tensor([1]),), (tensor([3, 4]),)]
     """
     found = extension() if is_plain_call() else None
-    if found is None:
-        return None
-    images: list[Any] | None = found.split(names, valid, *values)
-    return images
+    images: list[Any] | None = None if found is None else found.split(names, valid, *values)
+    if images is not None:
+        return images
+    rows = _split_by_operators(valid, *values)
+    return rows if names is None else [dict(zip(names, image, strict=True)) for image in rows]
+
+
+def _split_by_operators(valid: Tensor, *values: Tensor) -> list[tuple[Tensor, ...]]:
+    """Split into tuples."""
+    counts = valid.sum(dim=1).tolist()  # detpost: allow DP010: lists are made on the host
+    if all(count == valid.shape[1] for count in counts):
+        return list(zip(*(rows.clone().unbind(0) for rows in values), strict=True))
+    places = valid.flatten().nonzero().squeeze(1)  # detpost: allow DP020: as long as what is valid
+    parts = (rows.flatten(0, 1).index_select(0, places).split_with_sizes(counts) for rows in values)
+    return list(zip(*parts, strict=True))

@@ -25,6 +25,7 @@ from detpost.heads import DETRPoseKeypoints, InstanceMasks, OrientedBoxes, RFDET
 from detpost.images import Preprocessing, read_image
 from detpost.integrations import kornia as kornia_drop_in
 from detpost.integrations import rfdetr, rtdetr, ultralytics
+from detpost.kernels.aten import decode as aten_decode
 from detpost.kernels.cpu import decode as native_decode
 from detpost.reference import softmax
 from detpost.zoo import sample_images
@@ -175,6 +176,7 @@ def forget():
     """As in a fresh process: whatever is made once is made again."""
     native_decode._templates.cache_clear()
     softmax.tables_on.cache_clear()
+    aten_decode._products_on.cache_clear()
 
 
 # What has more than one form goes through each of them.

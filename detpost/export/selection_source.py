@@ -11,7 +11,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from detpost.export.files import replace_when_whole
-from detpost.spec import DecodeSpec
+from detpost.spec import BOX_FORMAT_CODES, DecodeSpec
 
 __all__ = ["SOURCE_FILES", "decode_source", "write_decode_source"]
 
@@ -19,7 +19,6 @@ SOURCE_FILES = ("detpost_decode.h", "detpost_decode.cpp", "CMakeLists.txt")
 
 _BANNER = "// Written by detpost: the decode of a DETR-family detector. C++17, GCC or Clang, no dependencies.\n"
 _CUT = '#define DETPOST_FAMILY "decode.h"'  # what follows it in decode.cpp is the library's own way in
-_FORMATS = {"cxcywh": 0, "xyxy": 1, "xywh": 2}  # as decode.cpp numbers them
 _BACKGROUND_LAST = -2
 
 _HEADER = """\
@@ -199,7 +198,7 @@ def _spec(spec: DecodeSpec) -> str:
         int(spec.selection == "per_query"),
         spec.top_k,
         background,
-        _FORMATS[spec.box_format],
+        BOX_FORMAT_CODES[spec.box_format],
         int(spec.clip),
         int(spec.score_threshold is not None),
         f"{threshold!r}f",

@@ -12,7 +12,7 @@ from torch import Tensor
 from detpost.detections import Detections
 from detpost.heads.masks import MaskStyle, masks_per_image, to_rle
 
-__all__ = ["Found"]
+__all__ = ["Found", "kept_slots"]
 
 # So many masks are as large as the image at a time, where they are encoded.
 _AT_A_TIME = 32
@@ -64,7 +64,7 @@ class Found:
             (n, height, width), bool, on the CPU, in the order of the slots.
         """
         assert self.masks is not None
-        for slots in torch.split(torch.arange(len(valid), device=valid.device)[valid], _AT_A_TIME):
+        for slots in torch.split(kept_slots(valid), _AT_A_TIME):
             yield self._upsampled(index, size, slots)
 
     def beside_of(self, index: int, size: tuple[int, int], valid: Tensor, encoded: bool) -> dict[str, Any]:
@@ -111,3 +111,8 @@ class Found:
             input_size=self.letterboxed,
         )
         return masks[0][:, 0]
+
+
+def kept_slots(valid: Tensor) -> Tensor:
+    """Give the places of the valid slots (K,) of an image, in their order."""
+    return torch.arange(len(valid), device=valid.device)[valid]

@@ -51,8 +51,8 @@ from detpost.reference import fusion as reference_fusion
 from detpost.reference import nms as reference_nms
 from detpost.reference import selection as reference_selection
 from detpost.reference.derivatives import is_in_transform, wants_derivative
-from detpost.reference.eager import is_unwatched
 from detpost.spec import DecodeSpec
+from detpost.tensors import is_plain_call
 
 __all__ = [
     "FORMS",
@@ -147,7 +147,7 @@ def _decode_in_graph(logits: Tensor, boxes: Tensor, image_sizes: Tensor | None, 
 
 def _decode_by_operators(logits: Tensor, boxes: Tensor, image_sizes: Tensor | None, spec: DecodeSpec) -> Detections:
     steps = reference_decode.Steps(select)
-    if logits.device.type == "cpu" and logits.dtype != torch.float64 and is_unwatched(logits):
+    if logits.device.type == "cpu" and logits.dtype != torch.float64 and type(logits) is Tensor and is_plain_call():
         steps = aten_decode.STEPS._replace(select=select)
     return reference_decode.decode(logits, boxes, image_sizes, spec, steps)
 

@@ -48,7 +48,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from detpost.reference.eager import is_unwatched
+from detpost.tensors import is_plain_call
 
 __all__ = ["COARSE", "FINE", "limbs", "scores", "scores_of", "tables_on", "weights", "with_slope"]
 
@@ -180,7 +180,7 @@ def _tables(like: Tensor) -> tuple[Tensor, Tensor]:
     device = like.device
     # Whoever watches what runs is to see them made, not a tensor of another time; elsewhere they are made once for a
     # device: a copy to it costs more than all the rest.
-    if not is_unwatched(like):
+    if type(like) not in (Tensor, torch.nn.Parameter) or not is_plain_call():
         return _tensor(COARSE, device), _tensor(FINE, device)
     return tables_on(device)
 

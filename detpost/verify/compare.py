@@ -19,7 +19,7 @@ from torch import Tensor
 from detpost.detections import Detections
 from detpost.export.layouts import NO_QUERIES
 from detpost.heads._gather import by_query
-from detpost.heads.found import Found
+from detpost.heads.found import Found, kept_slots
 from detpost.postprocess import DetectionPostProcessor
 from detpost.verify.matching import MOST_SCORE_DIFFERENCE, match_detections
 
@@ -178,11 +178,6 @@ def verify(
     return VerifyReport(one.name, other.name, one.kind, checks)
 
 
-def _kept(valid: Tensor) -> Tensor:
-    """Give the places of the valid slots (K,) of an image."""
-    return torch.arange(len(valid), device=valid.device)[valid]
-
-
 def _check_raw(
     one: Any,
     other: Any,
@@ -215,7 +210,7 @@ def _bare_masks(side: Any, shape: tuple[int, int]) -> Check:
     gaps = [
         _mask_gap(_mask(made, slot, size, image), _mask(plain, slot, size, image))
         for image, size in enumerate(map(tuple, sizes.tolist()))
-        for slot in _kept(found.valid[image]).tolist()
+        for slot in kept_slots(found.valid[image]).tolist()
     ]
     return _check_of_masks("masks", gaps)
 
@@ -286,7 +281,7 @@ def _compare_beside(
     name: str, one: Found, other: Found, pairs: Sequence[tuple[int, int]], size: tuple[int, int]
 ) -> Iterator[Check]:
     """Compare masks by their overlap, keypoints and oriented boxes by their places, of detections that are partners."""
-    places = [_kept(side.detections.valid[0]) for side in (one, other)]
+    places = [kept_slots(side.detections.valid[0]) for side in (one, other)]
     slots = [(int(places[0][first]), int(places[1][second])) for first, second in pairs]
     if one.masks is not None and other.masks is not None:
         gaps = [_mask_gap(_mask(one, first, size), _mask(other, second, size)) for first, second in slots]
@@ -311,7 +306,7 @@ def _masks_of_raw(name: str, side: Any, again: Detections, size: tuple[int, int]
         yield Check(name, not differing, int(again.valid.sum()), differing, 0.0, 0.0, "compared to the bit")
         return
     plain = Found(again, gathered, made.style, letterboxed=made.letterboxed)
-    slots = _kept(again.valid[0]).tolist()
+    slots = kept_slots(again.valid[0]).tolist()
     if made.at_image and made.letterboxed is None:
         gaps = [_mask_gap(_mask(made, slot, size), _mask(plain, slot, size)) for slot in slots]
         yield _check_of_masks(name, gaps)
