@@ -82,12 +82,7 @@ class DetectionPostProcessor(nn.Module):
             ValueError: shapes that do not fit, or tensors on different devices.
             TypeError: tensors of a wrong dtype.
         """
-        # Most calls need no more: what is not as most are is checked and dispatched.
-        found = None if torch.compiler.is_compiling() else self._at_once().decode(logits, boxes, image_sizes)
-        if found is not None:
-            return found
-        _check(logits, boxes, image_sizes)
-        return kernels.decode(logits, boxes, image_sizes, self.spec)
+        return self._at_once().decode(logits, boxes, image_sizes, self._checked)
 
     def per_image(self, logits: Tensor, boxes: Tensor, image_sizes: Tensor | None = None) -> list[dict[str, Tensor]]:
         """Decode a batch into one dict per image: ``forward(...).to_list()`` without the padded tensors between.
@@ -110,8 +105,15 @@ class DetectionPostProcessor(nn.Module):
             >>> post.per_image(torch.tensor([[[2.0, -2.0]]]), torch.tensor([[[0.5, 0.5, 1.0, 1.0]]]))[0]["labels"]
             tensor([0])
         """
-        found = None if torch.compiler.is_compiling() else self._at_once().dicts(logits, boxes, image_sizes)
-        return self.forward(logits, boxes, image_sizes).to_list() if found is None else found
+        return self._at_once().dicts(logits, boxes, image_sizes, self._checked_per_image)
+
+    def _checked(self, logits: Tensor, boxes: Tensor, image_sizes: Tensor | None) -> Detections:
+        """Check what is not a plain call, and decode it."""
+        _check(logits, boxes, image_sizes)
+        return kernels.decode(logits, boxes, image_sizes, self.spec)
+
+    def _checked_per_image(self, logits: Tensor, boxes: Tensor, image_sizes: Tensor | None) -> list[dict[str, Tensor]]:
+        return self._checked(logits, boxes, image_sizes).to_list()
 
     def _at_once(self) -> kernels.DirectDecode:
         if self._direct.spec is not self.spec:

@@ -215,11 +215,20 @@ def _post_process(
     logits, boxes = outputs.logits, outputs.pred_boxes
     top_k = options.get("top_k")
     preset = decode.preset if options.get("use_focal_loss", True) else "detr"
+
+    def otherwise(*_: Any) -> list[dict[str, Tensor]]:
+        return _checked(decode, preset, logits, boxes, target_sizes, threshold, top_k)
+
     if not decode.square and type(threshold) in (float, int) and (top_k is None or (type(top_k) is int and top_k > 0)):
         direct, by_query = _direct(preset, decode.top_k if top_k is None else top_k)
-        dicts = direct.dicts(logits, boxes, target_sizes, _NAMES, threshold=threshold, by_query=by_query)
-        if dicts is not None:
-            return dicts
+        return direct.dicts(logits, boxes, target_sizes, otherwise, _NAMES, threshold=threshold, by_query=by_query)
+    return otherwise()
+
+
+def _checked(
+    decode: _Decode, preset: str, logits: Any, boxes: Any, target_sizes: Any, threshold: Any, top_k: Any
+) -> list[dict[str, Tensor]]:
+    """Check what is not a plain call, and decode it."""
     check_outputs(logits, boxes)
     check_threshold(threshold, "threshold")
     queries = max(1, logits.shape[1])

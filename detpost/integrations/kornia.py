@@ -107,12 +107,23 @@ class DETRPostProcessor(nn.Module):
             ValueError: shapes that do not fit; a ``RuntimeError`` too, as in kornia.
             TypeError: what is no tensor, or tensors of a wrong dtype; an ``AttributeError`` too.
         """
-        threshold = 0.0 if self.confidence_threshold is None else self.confidence_threshold
         gives_list = self.confidence_filtering and self.confidence_threshold != 0 and not self.filter_as_zero
         if gives_list and isinstance(logits, Tensor) and logits.shape[-1:] == (self.num_classes,):
-            images = self._direct.rows(logits, boxes, original_sizes, kernels.LABEL_SCORE_BOX, threshold)
-            if images is not None:
-                return images
+            layout = kernels.LABEL_SCORE_BOX
+            return self._direct.rows(logits, boxes, original_sizes, self._list, layout, self._threshold())
+        if gives_list:
+            return self._list(logits, boxes, original_sizes)
+        rows, keep = self._rows(logits, boxes, original_sizes)
+        if not self.confidence_filtering or self.confidence_threshold == 0:
+            return rows
+        return torch.where(keep.unsqueeze(-1), rows, 0.0)
+
+    def _list(self, logits: Tensor, boxes: Tensor, original_sizes: Tensor) -> list[Tensor]:
+        rows, keep = self._rows(logits, boxes, original_sizes)
+        return [image for (image,) in split_by_image(keep, rows)]
+
+    def _rows(self, logits: Tensor, boxes: Tensor, original_sizes: Tensor) -> tuple[Tensor, Tensor]:
+        """Check what came, and give the rows (B, K, 6) of all slots, and which are kept (B, K)."""
         check_outputs(logits, boxes)
         check_sizes(original_sizes, logits, "original_sizes")
         found = self.decode(logits, boxes, original_sizes)
@@ -123,9 +134,7 @@ class DETRPostProcessor(nn.Module):
         corner_and_size = box_ops.scale(box_ops.convert(chosen, "cxcywh", "xywh"), original_sizes)
         corner_and_size = torch.where(found.valid.unsqueeze(-1), corner_and_size, INVALID.box)
         rows = torch.cat((found.labels.unsqueeze(-1), found.scores.unsqueeze(-1), corner_and_size), dim=-1)  # (B, K, 6)
-        if not self.confidence_filtering or self.confidence_threshold == 0:
-            return rows
-        keep = found.valid & (found.scores > threshold)
-        if self.filter_as_zero:
-            return torch.where(keep.unsqueeze(-1), rows, 0.0)
-        return [image for (image,) in split_by_image(keep, rows)]
+        return rows, found.valid & (found.scores > self._threshold())
+
+    def _threshold(self) -> float:
+        return 0.0 if self.confidence_threshold is None else self.confidence_threshold

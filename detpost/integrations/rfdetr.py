@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -97,10 +97,23 @@ class PostProcess(nn.Module):
             raise TypeError(f"outputs must be a mapping with pred_logits and pred_boxes; got {type(outputs).__name__}")
         logits, boxes = read_outputs(outputs)
         boxes_alone = outputs.get("pred_masks") is None and outputs.get("pred_keypoints") is None
+
+        def otherwise(*_: Any) -> list[dict[str, Tensor]]:
+            return self._checked(outputs, logits, boxes, target_sizes, score_threshold)
+
         if boxes_alone and score_threshold is None and type(self).heads is PostProcess.heads:
-            images = self._direct.dicts(logits, boxes, target_sizes, all_slots=True)
-            if images is not None:
-                return images
+            return self._direct.dicts(logits, boxes, target_sizes, otherwise, all_slots=True)
+        return otherwise()
+
+    def _checked(
+        self,
+        outputs: Mapping[str, Any],
+        logits: Any,
+        boxes: Any,
+        target_sizes: Tensor,
+        score_threshold: float | None,
+    ) -> list[dict[str, Tensor]]:
+        """Check what is not a plain call of boxes alone, and decode it."""
         if outputs.get("pred_masks") is not None and outputs.get("pred_keypoints") is not None:
             raise ValueError("expected pred_masks or pred_keypoints; got both: RF-DETR has no such model")
         check_outputs(logits, boxes, "pred_", AssertedMisfitError)
@@ -121,9 +134,7 @@ class PostProcess(nn.Module):
         masks = outputs.get("pred_masks")
         if masks is not None and masks.ndim == 4 and masks.shape[1] != logits.shape[1]:
             raise MisfitError(f"pred_masks must be of {logits.shape[1]} queries; got {masks.shape[1]}")
-        found = self._direct.decode(logits, boxes, target_sizes)
-        if found is None:
-            found = self.decode(logits, torch.cat((boxes[..., :2], boxes[..., 2:].clamp(min=0)), dim=-1), target_sizes)
+        found = self._direct.decode(logits, boxes, target_sizes, self._decode_positive)
         if masks is None and outputs.get("pred_keypoints") is None:
             names = ("scores", "labels", "boxes", "queries")
             rows = [dict(zip(names, image, strict=True)) for image in zip(*found[:4], strict=True)]
@@ -132,6 +143,10 @@ class PostProcess(nn.Module):
                 found = found._replace(valid=found.valid & (found.scores > score_threshold))
             rows = found.to_list()
         return [row | extra for row, extra in zip(rows, self.heads(outputs, found, target_sizes, rows), strict=True)]
+
+    def _decode_positive(self, logits: Tensor, boxes: Tensor, target_sizes: Tensor) -> Detections:
+        positive = torch.cat((boxes[..., :2], boxes[..., 2:].clamp(min=0)), dim=-1)
+        return cast(Detections, self.decode(logits, positive, target_sizes))
 
     def heads(
         self, outputs: Mapping[str, Any], found: Detections, target_sizes: Tensor, rows: Sequence[Mapping[str, Tensor]]

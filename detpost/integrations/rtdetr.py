@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -101,12 +101,20 @@ class RTDETRPostProcessor(nn.Module):
             TypeError: outputs without logits or boxes (a ``KeyError`` too), or tensors of a wrong dtype.
         """
         logits, boxes = read_outputs(outputs)
-        images = self._lists_at_once(logits, boxes, orig_target_sizes)
-        if images is not None:
-            return images
-        found = self._detections(logits, boxes, orig_target_sizes)
+
+        def otherwise(*_: Any) -> list[dict[str, Tensor]]:
+            return self._lists(self._detections(logits, boxes, orig_target_sizes))
+
         if self.deploy_mode:
+            found = self._detections(logits, boxes, orig_target_sizes)
             return found.labels, found.boxes, found.scores
+        if self.remap_mscoco_category or not isinstance(logits, Tensor) or logits.ndim != 3 or not self._fits(logits):
+            return otherwise()
+        by_query = self._keeps_query_order(logits)
+        names = ("labels", "boxes", "scores")
+        return self._direct.dicts(logits, boxes, orig_target_sizes, otherwise, names, all_slots=True, by_query=by_query)
+
+    def _lists(self, found: Detections) -> list[dict[str, Tensor]]:
         labels = found.labels
         if self.remap_mscoco_category:
             labels = torch.where(found.valid, self.category_ids[labels.clamp(min=0)], -1)
@@ -121,26 +129,17 @@ class RTDETRPostProcessor(nn.Module):
     def _keeps_query_order(self, logits: Tensor) -> bool:
         return not self.use_focal_loss and logits.shape[1] <= self.num_top_queries
 
-    def _lists_at_once(self, logits: Any, boxes: Any, sizes: Any) -> list[dict[str, Tensor]] | None:
-        """Decode a plain call to lists; ``None`` where it is none."""
-        plain = not self.deploy_mode and not self.remap_mscoco_category and isinstance(logits, Tensor)
-        if not plain or logits.ndim != 3 or not self._fits(logits):
-            return None
-        by_query = self._keeps_query_order(logits)
-        return self._direct.dicts(
-            logits, boxes, sizes, ("labels", "boxes", "scores"), all_slots=True, by_query=by_query
-        )
-
     def _detections(self, logits: Any, boxes: Any, orig_target_sizes: Any) -> Detections:
         """Check, and decode into all slots, in the order in which they are given out."""
         check_outputs(logits, boxes, "pred_")
         check_sizes(orig_target_sizes, logits, "orig_target_sizes", "(width, height)")
         if not self._fits(logits):
             raise MisfitError(f"pred_logits must have num_classes = {self.num_classes} classes; got {logits.shape[2]}")
-        found = self._direct.decode(logits, boxes, orig_target_sizes)
-        if found is None:
-            found = self.decode(logits, boxes, orig_target_sizes.flip(-1))
+        found = self._direct.decode(logits, boxes, orig_target_sizes, self._decode_swapped)
         return in_query_order(found, logits.shape[1]) if self._keeps_query_order(logits) else found
+
+    def _decode_swapped(self, logits: Tensor, boxes: Tensor, orig_target_sizes: Tensor) -> Detections:
+        return cast(Detections, self.decode(logits, boxes, orig_target_sizes.flip(-1)))
 
     def deploy(self) -> RTDETRPostProcessor:
         """Return tensors from now on, and switch to evaluation mode.

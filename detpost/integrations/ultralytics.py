@@ -100,10 +100,17 @@ def postprocess(
         [tensor([[ 0.0000,  0.0000, 20.0000, 10.0000,  0.7500,  1.0000]])]
     """
     first = _first(preds)
+
+    def otherwise(*_: Any) -> list[Tensor]:
+        return _checked(first, orig_shapes, conf, classes, max_det)
+
     if classes is None and type(max_det) is int and max_det > 0:
-        images = _direct(max_det).rows(first, None, orig_shapes, kernels.BOX_SCORE_LABEL, conf)
-        if images is not None:
-            return images
+        return _direct(max_det).rows(first, None, orig_shapes, otherwise, kernels.BOX_SCORE_LABEL, conf)
+    return otherwise()
+
+
+def _checked(first: Tensor, orig_shapes: Any, conf: float, classes: Sequence[int] | None, max_det: int) -> list[Tensor]:
+    """Check what is not a plain call, and decode it."""
     found = decode(first, size_rows(orig_shapes, first, "orig_shapes"), conf, classes, max_det)
     rows = torch.cat((found.boxes, found.scores.unsqueeze(-1), found.labels.unsqueeze(-1)), dim=-1)  # (B, K, 6)
     return [image for (image,) in split_by_image(found.valid, rows)]

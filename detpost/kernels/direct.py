@@ -2,12 +2,14 @@
 
 For one image all that stands between a call and the kernel takes longer than the kernel. So a call that is as most are
 (on the CPU, contiguous, nothing to differentiate, nobody watching) is told from others in C++, and makes no object but
-its results. Everything else goes to :mod:`detpost.kernels.dispatch`, which checks what came and computes the same.
+its results. Every other call is answered by what the caller gives for it: its checks, and then
+:mod:`detpost.kernels.dispatch`, which computes the same.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, Final
 
 import torch
@@ -37,92 +39,103 @@ def _extension() -> Any | None:
 
 
 class DirectDecode:
-    """The decode of one spec, by plain calls. What it does not take, ``None`` says.
+    """The decode of one spec: of plain calls here, of all others by ``otherwise``, which each method is given.
 
     Args:
         spec: what the decode does.
         changes: of what the kernel is told, as :func:`detpost.kernels.cpu.decode.plan` takes it.
 
     Example:
+        >>> from detpost import DetectionPostProcessor
         >>> direct = DirectDecode(DecodeSpec(top_k=1))
-        >>> found = direct.decode(torch.tensor([[[3.0]]]), torch.tensor([[[0.5, 0.5, 1.0, 1.0]]]), None)
-        >>> found is None or found.labels.tolist() == [[0]]
-        True
+        >>> logits, boxes = torch.tensor([[[3.0]]]), torch.tensor([[[0.5, 0.5, 1.0, 1.0]]])
+        >>> direct.decode(logits, boxes, None, DetectionPostProcessor(direct.spec)).labels
+        tensor([[0]])
     """
 
     def __init__(self, spec: DecodeSpec, **changes: Any) -> None:
         self.spec = spec
         self._plan = plan(spec, **changes)
 
-    def decode(self, logits: Any, boxes: Any, sizes: Any) -> Detections | None:
+    def decode(self, logits: Any, boxes: Any, sizes: Any, otherwise: Callable[..., Detections]) -> Detections:
         """Decode into padded tensors, as :class:`detpost.DetectionPostProcessor` does.
 
         Args:
             logits: (B, Q, C).
             boxes: (B, Q, 4).
             sizes: (B, 2), or ``None``.
+            otherwise: given logits, boxes and sizes, answers what is not a plain call.
 
         Returns:
-            The detections, or ``None``.
+            The detections.
         """
         found = _extension() if tensors.is_plain_call() else None
-        if found is None:
-            return None
-        fields = found.decode(self._plan, torch.get_num_threads(), logits, boxes, sizes)
-        return None if fields is None else Detections._make(fields)
+        fields = None
+        if found is not None:
+            fields = found.decode(self._plan, torch.get_num_threads(), logits, boxes, sizes)
+        return otherwise(logits, boxes, sizes) if fields is None else Detections._make(fields)
 
     def dicts(
         self,
         logits: Any,
         boxes: Any,
         sizes: Any,
+        otherwise: Callable[..., list[dict[str, Tensor]]],
         names: tuple[str, ...] = ("scores", "labels", "boxes", "queries"),
         *,
         threshold: Any = None,
         all_slots: bool = False,
         by_query: bool = False,
-    ) -> list[dict[str, Tensor]] | None:
+    ) -> list[dict[str, Tensor]]:
         """Decode into a dict for each image, exact in size.
 
         Args:
             logits: (B, Q, C).
             boxes: (B, Q, 4).
             sizes: (B, 2), or ``None``.
+            otherwise: given logits, boxes and sizes, answers what is not a plain call.
             names: of ``scores``, ``labels``, ``boxes`` and ``queries`` those that are wanted, in their order.
             threshold: keep ``score > threshold``; ``None`` goes by the spec.
             all_slots: give the slots that are not valid, too.
             by_query: in the order of the queries in place of the scores.
 
         Returns:
-            The dicts, or ``None``.
+            The dicts.
         """
         found = _extension() if tensors.is_plain_call() else None
-        if found is None:
-            return None
-        threads = torch.get_num_threads()
-        images: list[dict[str, Tensor]] | None = found.per_image(
-            self._plan, threads, logits, boxes, sizes, _DICT, names, threshold, all_slots, by_query
-        )
-        return images
+        images: list[dict[str, Tensor]] | None = None
+        if found is not None:
+            threads = torch.get_num_threads()
+            images = found.per_image(
+                self._plan, threads, logits, boxes, sizes, _DICT, names, threshold, all_slots, by_query
+            )
+        return otherwise(logits, boxes, sizes) if images is None else images
 
-    def rows(self, logits: Any, boxes: Any, sizes: Any, layout: int, threshold: Any) -> list[Tensor] | None:
+    def rows(
+        self,
+        logits: Any,
+        boxes: Any,
+        sizes: Any,
+        otherwise: Callable[..., list[Tensor]],
+        layout: int,
+        threshold: Any,
+    ) -> list[Tensor]:
         """Decode into rows of six columns for each image, exact in size.
 
         Args:
             logits: (B, Q, C); (B, Q, 4 + C), boxes and then scores, where the changes say ``takes_scores``.
             boxes: (B, Q, 4); ``None`` where the logits hold them.
             sizes: (B, 2), or ``None``.
+            otherwise: given logits, boxes and sizes, answers what is not a plain call.
             layout: ``LABEL_SCORE_BOX`` or ``BOX_SCORE_LABEL``.
             threshold: keep ``score > threshold``.
 
         Returns:
-            For each image (D, 6), float32, best first; or ``None``.
+            For each image (D, 6), float32, best first.
         """
         found = _extension() if tensors.is_plain_call() else None
-        if found is None:
-            return None
-        threads = torch.get_num_threads()
-        images: list[Tensor] | None = found.per_image(
-            self._plan, threads, logits, boxes, sizes, layout, None, threshold, False, False
-        )
-        return images
+        images: list[Tensor] | None = None
+        if found is not None:
+            threads = torch.get_num_threads()
+            images = found.per_image(self._plan, threads, logits, boxes, sizes, layout, None, threshold, False, False)
+        return otherwise(logits, boxes, sizes) if images is None else images

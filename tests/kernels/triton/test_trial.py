@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 pytest.importorskip("triton")
 
 from detpost import DetectionPostProcessor, kernels, select_top_k
-from detpost.kernels import dispatch, serving
+from detpost.kernels import direct, dispatch, serving
 from detpost.kernels.triton import decode as triton_decode
 from detpost.kernels.triton import distance as triton_distance
 from detpost.kernels.triton import erosion as triton_erosion
@@ -274,6 +274,7 @@ def untried(monkeypatch):
     monkeypatch.delenv("DETPOST_KERNEL", raising=False)
     monkeypatch.setattr(serving, "_TRIED", {})
     monkeypatch.setattr(dispatch, "_serving", lambda *_: "triton")
+    monkeypatch.setattr(direct, "_extension", lambda: None)  # would answer on the CPU before anything is chosen
 
 
 @on_each_device
