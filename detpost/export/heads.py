@@ -5,15 +5,30 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from torch import Tensor
 
 from detpost.heads.masks import MaskStyle
 
-__all__ = ["Head", "KeypointHead", "MaskHead", "OrientedHead", "heads_of", "recorded_heads", "value_of_head"]
+if TYPE_CHECKING:
+    from detpost.detections import Detections
+
+__all__ = [
+    "Head",
+    "KeypointHead",
+    "MaskHead",
+    "OrientedHead",
+    "columns_of",
+    "heads_of",
+    "in_pytorch",
+    "recorded_heads",
+    "value_of_head",
+]
 
 MaskSize = Literal["network", "image"]
+# x and y: in the unit of the boxes; score: of 0..1; angle: radians, of something that half a turn leaves as it is.
+Column = Literal["x", "y", "score", "angle"]
 
 
 @dataclass(frozen=True)
@@ -104,6 +119,12 @@ _OTHER_NAMES: Mapping[type[Head], tuple[str, ...]] = {
     KeypointHead: ("keypoints", "pred_poses"),
     OrientedHead: ("oriented_boxes", "pred_rboxes"),
 }
+# What each number of an output is, along its last dimension; one name for an output without such a dimension.
+_COLUMNS: Mapping[str, tuple[Column, ...]] = {
+    "keypoints": ("x", "y", "score"),
+    "keypoint_scores": ("score",),
+    "oriented_boxes": ("x", "y", "x", "y", "angle"),
+}
 _RECORDED: Mapping[str, type[Head]] = {"masks": MaskHead, "keypoints": KeypointHead, "oriented_boxes": OrientedHead}
 
 
@@ -138,7 +159,10 @@ def output_names(head: Head) -> tuple[str, ...]:
     """Give the names of the head's outputs."""
     if isinstance(head, KeypointHead):
         return ("keypoints", *(("keypoint_scores",) if head.per_class else ()))
-    return ("masks",) if isinstance(head, MaskHead) else ("oriented_boxes",)
+    found = next((name for name, kind in _RECORDED.items() if isinstance(head, kind)), None)
+    if found is None:
+        raise ValueError(f"unknown head {type(head).__name__}: take one of {', '.join(_RECORDED)}")
+    return (found,)
 
 
 def value_of_head(outputs: Any, head: Head) -> Tensor:
@@ -178,5 +202,47 @@ def recorded_heads(metadata: Mapping[str, Any]) -> tuple[Head, ...]:
 
     Returns:
         The heads.
+
+    Raises:
+        ValueError: a head that this version does not know.
     """
-    return tuple(_RECORDED[name](**values) for name, values in (metadata.get("heads") or {}).items())
+    recorded = metadata.get("heads") or {}
+    for name in recorded:
+        if name not in _RECORDED:
+            raise ValueError(f"unknown head {name!r} in the file: known are {', '.join(_RECORDED)}")
+    return tuple(_RECORDED[name](**values) for name, values in recorded.items())
+
+
+def in_pytorch(head: Head, detections: Detections, raw: Tensor, image_sizes: Tensor) -> dict[str, Tensor]:
+    """Give what a head that a post-processor alone takes makes, other than masks, in PyTorch.
+
+    Args:
+        head: which one.
+        detections: of B images.
+        raw: what the head reads, (B, Q, ...).
+        image_sizes: (B, 2), (height, width), pixels.
+
+    Returns:
+        Its outputs by name.
+    """
+    assert isinstance(head, OrientedHead)
+    from detpost.heads.oriented import OrientedBoxes
+
+    return {"oriented_boxes": OrientedBoxes(head.angle_scale)(detections, raw, image_sizes).boxes}
+
+
+def columns_of(output: str) -> tuple[Column, ...]:
+    """Say what the numbers of an output of a head are, other than masks.
+
+    Args:
+        output: its name.
+
+    Returns:
+        A name for each place along the last dimension, or one for an output (B, K) of plain numbers.
+
+    Raises:
+        ValueError: an output of no head.
+    """
+    if output not in _COLUMNS:
+        raise ValueError(f"no head gives {output!r}, so its unit is not known: known are {', '.join(_COLUMNS)}")
+    return _COLUMNS[output]

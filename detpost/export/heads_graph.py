@@ -8,12 +8,13 @@ times the memory of the masks themselves.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
 
 from detpost.export.graph import Graph, Value
-from detpost.export.heads import Head, KeypointHead, MaskHead, OrientedHead
+from detpost.export.heads import Head, KeypointHead, MaskHead, OrientedHead, output_names
 
 __all__ = ["HEADS_OPSET", "Place", "RawHead", "Slots", "bare_heads", "write_head"]
 
@@ -24,6 +25,8 @@ _MASKS_AT_A_TIME = 32
 # "At least 0.5" for a runner that has no such comparison: greater than the float32 below it.
 _BELOW_HALF = float(np.nextafter(np.float32(0.5), np.float32(0)))
 _FLOAT = 1  # ONNX's number of float32
+# The raw value's shape behind (B, Q), where the head alone says it.
+_BARE: Mapping[type[Head], tuple[int | str, ...]] = {MaskHead: ("mask_height", "mask_width"), OrientedHead: (5,)}
 _LOG_ZERO = -1e30  # as in detpost.heads.keypoints
 
 
@@ -88,13 +91,13 @@ def bare_heads(heads: tuple[Head, ...], queries: int) -> tuple[RawHead, ...]:
         Heads with the shapes of their inputs.
 
     Raises:
-        ValueError: keypoints, whose number and form the network alone says.
+        ValueError: a head whose raw value has a shape that the network alone says, as keypoints.
     """
     found = []
     for head in heads:
-        if isinstance(head, KeypointHead):
-            raise ValueError("keypoints are exported with their network, which says how they come")
-        sides = ("mask_height", "mask_width") if isinstance(head, MaskHead) else (5,)
+        sides = _BARE.get(type(head))
+        if sides is None:
+            raise ValueError(f"{output_names(head)[0]} are exported with their network, which says how they come")
         found.append(RawHead(head, (queries, *sides), _FLOAT))
     return tuple(found)
 

@@ -129,8 +129,7 @@ class Layout:
         valid = self._valid(parts, scores, labels, boxes)
         corners = box_arithmetic.convert(boxes, self.box_format, "xyxy")
         if self.sizes is None:
-            sizes = image_sizes.to(corners)
-            factor = sizes if self.normalised else sizes / sizes.new_tensor(input_size)
+            factor = self.scale(image_sizes.to(corners), input_size)
             corners = corners * factor[:, None, [1, 0, 1, 0]]
         queries = values.get("queries", torch.full_like(labels, NO_QUERIES)).to(torch.int64)
         return Detections(
@@ -140,6 +139,18 @@ class Layout:
             queries,
             valid,
         )
+
+    def scale(self, image_sizes: Tensor, input_size: tuple[int, int]) -> Tensor:
+        """Give what brings a layout's coordinates to pixels of each image, where it takes no sizes.
+
+        Args:
+            image_sizes: (B, 2), (height, width) of each image in pixels.
+            input_size: (height, width) of the network's input.
+
+        Returns:
+            (B, 2), for y and for x.
+        """
+        return image_sizes if self.normalised else image_sizes / image_sizes.new_tensor(input_size)
 
     def to_dict(self) -> dict[str, Any]:
         """Give what reading a file needs.

@@ -14,7 +14,7 @@ from torch import Tensor
 from detpost.detections import Detections
 from detpost.export.feed import InputKind
 from detpost.export.formats import format_of
-from detpost.export.heads import MaskHead, output_names, recorded_heads
+from detpost.export.heads import MaskHead, columns_of, output_names, recorded_heads
 from detpost.export.layouts import recorded_layout
 from detpost.heads.found import Found
 
@@ -52,8 +52,7 @@ class OpenedFile:
             image_sizes: (B, 2), (height, width) of each image, pixels.
             images: what was given to ``run``, (B, 3, H, W); ``None`` of a post-processor alone.
         """
-        height, width = (self.metadata.get("input_size") or (1, 1)) if images is None else images.shape[-2:]
-        return recorded_layout(self.metadata).read(values, image_sizes, (int(height), int(width)))
+        return recorded_layout(self.metadata).read(values, image_sizes, self._input_size(images))
 
     def found(self, values: Mapping[str, Tensor], image_sizes: Tensor, images: Tensor | None = None) -> Found:
         """Read the detections and what is given beside boxes.
@@ -73,10 +72,25 @@ class OpenedFile:
             self.detections(values, image_sizes, images),
             values.get("masks") if heads else None,
             masks.style,
-            {name: values[name] for name in names},
+            {name: self._placed(name, values[name], image_sizes, images) for name in names},
             letterboxed=(preprocessing["height"], preprocessing["width"]) if letterboxed else None,
             at_image=inside or recorded_layout(self.metadata).sizes is not None,
         )
+
+    def _placed(self, name: str, value: Tensor, image_sizes: Tensor, images: Tensor | None) -> Tensor:
+        """Bring x and y of an output beside the boxes to pixels of the image, as the layout does those of boxes."""
+        layout, columns = recorded_layout(self.metadata), columns_of(name)
+        if layout.sizes is not None or not {"x", "y"} & {*columns}:
+            return value
+        height, width = layout.scale(image_sizes.to(value), self._input_size(images)).unbind(1)  # (B,) each
+        one = torch.ones_like(width)
+        factor = torch.stack([{"x": width, "y": height}.get(column, one) for column in columns], dim=1)
+        return value * factor.reshape(len(value), *[1] * (value.ndim - 2), len(columns))
+
+    def _input_size(self, images: Tensor | None) -> tuple[int, int]:
+        """Give (height, width) of the network's input."""
+        height, width = (self.metadata.get("input_size") or (1, 1)) if images is None else images.shape[-2:]
+        return int(height), int(width)
 
 
 def open_file(path: str | Path, device: str | torch.device | None = None) -> OpenedFile:

@@ -13,10 +13,12 @@ if TYPE_CHECKING:
     from detpost.detector import Detector
     from detpost.runs.reading import Loaded
 
-__all__ = ["BESIDE", "detect_batch", "failure_text"]
+__all__ = ["beside_of", "detect_batch", "failure_text", "names_beside"]
 
-# What a detector may give of each detection beside its box, and what a row of it is called in results.
-BESIDE = {"masks": "segmentation", "keypoints": "keypoints", "oriented_boxes": "oriented_box"}
+# What results call what a detector gives of each detection beside its box, where that is not its own name.
+_IN_RESULTS = {"masks": "segmentation", "oriented_boxes": "oriented_box"}
+# What a row holds of each detection whatever the detector; its other lists are beside the boxes.
+_OF_BOXES = frozenset({"scores", "labels", "boxes", "names"})
 
 # What a network or a processor raises on an image that it cannot take, as one a pixel wide.
 _CANNOT_TAKE = (RuntimeError, ValueError, ZeroDivisionError)
@@ -52,6 +54,16 @@ def failure_text(error: Exception, size: tuple[int, int]) -> str:
     """Say on one line that an image of this (height, width) does not go through, and what was raised."""
     reason = " ".join(str(error).split()) or type(error).__name__
     return f"the detector cannot take {size[1]} x {size[0]} pixels: {reason[:200]}"
+
+
+def beside_of(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Give what a row of the journal holds of each detection beside its box, by its name in results."""
+    return {_IN_RESULTS.get(name, name): row[name] for name in names_beside(row)}
+
+
+def names_beside(row: Mapping[str, Any]) -> list[str]:
+    """Name what a row of the journal holds of each detection beside its box."""
+    return [name for name in row if isinstance(row[name], list) and name not in _OF_BOXES]
 
 
 def _outcomes(detector: Detector, batch: Sequence[Loaded]) -> list[dict[str, Any] | Exception | str]:
@@ -90,8 +102,11 @@ def _row(loaded: Loaded, outcome: dict[str, Any] | Exception | str, image_id: in
     if isinstance(outcome, Exception):
         return {**row, "error": failure_text(outcome, (height, width))}
     values = {name: outcome[name].tolist() for name in ("scores", "labels", "boxes")}
-    found = {"masks": outcome["segmentations"], **outcome} if "segmentations" in outcome else outcome
-    beside = {name: _plain(found[name]) for name in BESIDE if name in found}
+    beside = {
+        {"segmentations": "masks"}.get(name, name): _plain(found)
+        for name, found in outcome.items()
+        if name not in {*_OF_BOXES, "label_names"}
+    }
     return {**row, "width": width, "height": height, "names": outcome["label_names"], **values, **beside}
 
 

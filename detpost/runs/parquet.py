@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from detpost.runs.batches import names_beside
 
 if TYPE_CHECKING:
     import pyarrow
@@ -21,7 +24,7 @@ _ROW_BYTES, _DETECTION_BYTES = 128, 48
 _READ_BYTES = 1024**2
 _METADATA = b"detpost"
 # What some columns are called in the journal.
-_IN_ROWS = {"label_names": "names", "masks": "segmentations"}
+_IN_ROWS = {"label_names": "names"}
 
 
 def import_pyarrow() -> Any:
@@ -79,14 +82,21 @@ def table_of(rows: Iterable[Mapping[str, Any]], columns: pyarrow.Schema | None =
     """Make a table.
 
     Args:
-        rows: as the journal has them, with ``names`` for the names of the labels and ``segmentations`` for masks.
+        rows: as the journal has them, with ``names`` for the names of the labels.
         columns: of :func:`schema`, and more if the rows have more.
 
     Returns:
         The table, in the rows' order.
+
+    Warns:
+        UserWarning: rows have something beside the boxes that there is no column for.
     """
     pa = import_pyarrow()
     wanted = columns or schema()
+    rows = list(rows)
+    left_out = sorted({name for row in rows for name in names_beside(row)} - {*wanted.names})
+    if left_out:
+        warnings.warn(f"Parquet has no column for {', '.join(left_out)}: coco and jsonl hold them", stacklevel=2)
     plain = [{**row, **_renamed(row), "file_name": _utf8(row["file_name"]), "error": _error(row)} for row in rows]
     return pa.table([pa.array([row.get(field.name) for row in plain], field.type) for field in wanted], wanted)
 

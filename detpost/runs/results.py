@@ -8,6 +8,7 @@ import filecmp
 import itertools
 import json
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from detpost.boxes import convert
-from detpost.runs.batches import BESIDE
+from detpost.runs.batches import beside_of, names_beside
 from detpost.runs.coco import match_categories
 from detpost.runs.parquet import TableWriter, import_pyarrow, schema, table_of
 
@@ -76,6 +77,7 @@ class Report:
         self.skipped = [Skipped(*each) for each in unread]
         self.detections = 0
         self.uncategorised = 0
+        self._beside: set[str] = set()
         self.class_names = {int(label): name for label, name in known["class_names"].items()}
         if truth is None:
             self.categories: dict[int, int] | None = None
@@ -113,6 +115,7 @@ class Report:
                 self.skipped.append(Skipped(row["file_name"], row["error"]))
                 continue
             self.detections = self.detections + len(row["scores"])
+            self._beside = self._beside | {*names_beside(row)}
             if self.categories is not None:
                 missing = sum(label not in self.categories for label in row["labels"])
                 self.uncategorised = self.uncategorised + missing
@@ -133,7 +136,7 @@ class Report:
                 continue
             boxes = torch.tensor(row["boxes"], dtype=torch.float32, device="cpu").reshape(-1, 4)
             corners = convert(boxes, "xyxy", "xywh").tolist()
-            beside = _beside(row)
+            beside = beside_of(row)
             for place, (score, label, box) in enumerate(zip(row["scores"], row["labels"], corners, strict=True)):
                 category = label if self.categories is None else self.categories.get(label)
                 if category is None:
@@ -155,12 +158,15 @@ class Report:
                 values = zip(row["labels"], row["names"], row["scores"], row["boxes"], strict=True)
                 names = ("label", "label_name", "score", "box")
                 found = [dict(zip(names, each, strict=True)) for each in values]
-                beside = _beside(row)
+                beside = beside_of(row)
                 found = [{**each, **{n: v[place] for n, v in beside.items()}} for place, each in enumerate(found)]
                 image = {**image, "detections": found}
             file.write(json.dumps(image) + "\n")
 
     def _csv(self, file: Any) -> None:
+        if self._beside:
+            left_out = ", ".join(sorted(self._beside))
+            warnings.warn(f"CSV holds boxes and no {left_out}: coco and jsonl hold them", stacklevel=2)
         table = csv.writer(file, lineterminator="\n")
         table.writerow(["image_id", "file_name", "label", "label_name", "score", "x1", "y1", "x2", "y2"])
         for row in self._rows():
@@ -181,11 +187,6 @@ class Report:
     def _skipped_csv(self, file: Any) -> None:
         table = csv.writer(file, lineterminator="\n")
         table.writerows([("file_name", "reason"), *self.skipped])
-
-
-def _beside(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Give what a row holds of each detection beside its box, by its name in results."""
-    return {name: row[held] for held, name in BESIDE.items() if row.get(held) is not None}
 
 
 def _batches(rows: Iterator[dict[str, Any]], size: int) -> Iterator[list[dict[str, Any]]]:

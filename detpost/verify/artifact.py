@@ -12,7 +12,7 @@ from torch import Tensor
 
 from detpost.detections import Detections
 from detpost.export.formats import ENDINGS
-from detpost.export.heads import RAW_NAMES
+from detpost.export.heads import RAW_NAMES, Head, recorded_heads
 from detpost.export.layouts import recorded_layout
 from detpost.heads.found import Found as Whole
 from detpost.images import Preprocessing, Untouched
@@ -54,8 +54,10 @@ class Artifact:
         preprocessing: of a detector, how images become its input, where that is known.
         prepare_as: where that is an assumption, makes what ``detect`` takes of another preprocessing.
         resizes: of a detector, whether it resizes images itself, in its own runtime.
-        find: of a post-processor that gives masks: as ``decode``, to all that it gives, and raw masks.
+        find: of a post-processor that gives more than boxes: as ``decode``, to all that it gives, and the raw values
+            of its heads by name.
         spec: with it, what the decode does.
+        heads: with it, what is given beside boxes.
     """
 
     name: str
@@ -67,8 +69,9 @@ class Artifact:
     preprocessing: Preprocessing | None = None
     prepare_as: Callable[[Preprocessing], Prepare] | None = None
     resizes: bool = False
-    find: Callable[[Tensor, Tensor, Tensor], tuple[Whole, Tensor]] | None = None
+    find: Callable[[Tensor, Tensor, Tensor], tuple[Whole, dict[str, Tensor]]] | None = None
     spec: DecodeSpec | None = None
+    heads: tuple[Head, ...] = ()
 
 
 def open_artifact(source: Any, allow_pickle: bool = False) -> Artifact:
@@ -173,14 +176,23 @@ def _bare_decode(opened: OpenedFile) -> Artifact:
         given |= raw_of_heads(opened.inputs, len(logits))
         return Detections(*(part.cpu() for part in opened.detections(opened.run(given), image_sizes)))
 
-    def find(logits: Tensor, boxes: Tensor, image_sizes: Tensor) -> tuple[Whole, Tensor]:
+    def find(logits: Tensor, boxes: Tensor, image_sizes: Tensor) -> tuple[Whole, dict[str, Tensor]]:
         sizes = image_sizes.flip(1) if layout.sizes_order == "wh" else image_sizes
         extra = raw_of_heads(opened.inputs, len(logits))
         given = {"pred_logits": logits, "pred_boxes": boxes, **({layout.sizes: sizes} if layout.sizes else {}), **extra}
-        return opened.found(opened.run(given), image_sizes).first(len(logits)), extra["pred_masks"]
+        return opened.found(opened.run(given), image_sizes).first(len(logits)), extra
 
     batch, queries, classes = opened.inputs["pred_logits"][0]
     fixed = None if queries is None or classes is None else (queries, classes)
     spec = DecodeSpec(**opened.metadata["spec"])
-    masked = find if "pred_masks" in opened.inputs and "masks" in (opened.metadata.get("heads") or {}) else None
-    return Artifact(str(opened.path), "post-processor", decode=decode, shape=fixed, batch=batch, find=masked, spec=spec)
+    heads = recorded_heads(opened.metadata)
+    return Artifact(
+        str(opened.path),
+        "post-processor",
+        decode=decode,
+        shape=fixed,
+        batch=batch,
+        find=find if heads else None,
+        spec=spec,
+        heads=heads,
+    )

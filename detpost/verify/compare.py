@@ -9,6 +9,7 @@ them must also be eager's to the bit.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from detpost.detections import Detections
+from detpost.export.heads import MaskHead, columns_of, in_pytorch, raw_name
 from detpost.export.layouts import NO_QUERIES
 from detpost.heads._gather import by_query
 from detpost.heads.found import Found, kept_slots
@@ -31,6 +33,8 @@ BOX_TOLERANCE = 1e-5  # of the larger image side
 LEAST_MASK_IOU = 0.99
 MOST_MASK_PIXELS = 4  # whatever the IoU
 PLACE_TOLERANCE = 1e-3  # of the larger image side: keypoints and oriented boxes of two runtimes
+# Radians. An oriented box turned by as much has its ends moved by less than the tolerance of places.
+ANGLE_TOLERANCE = 1e-3
 
 RESIZED_SCORE_DIFFERENCE = 0.02  # of whole detectors on images whose pixels differ by 1 here and there
 
@@ -193,11 +197,11 @@ def _check_raw(
             yield _compare_slots(name, one.decode(*part), other.decode(*part), part[2])
     for side in (one, other):
         if side.find is not None:
-            yield _bare_masks(side, shape)
+            yield from _bare_heads(side, shape)
 
 
-def _bare_masks(side: Any, shape: tuple[int, int]) -> Check:
-    """Hold the masks of a bare decode to those that PyTorch makes of the same raw ones for its detections."""
+def _bare_heads(side: Any, shape: tuple[int, int]) -> Iterator[Check]:
+    """Hold what a bare decode gives beside boxes to what PyTorch makes of the same raw values for its detections."""
     generator = torch.Generator().manual_seed(0)
     batch = side.batch or 2
     logits, boxes = (torch.randn(batch, shape[0], last, generator=generator) for last in (shape[1], 4))
@@ -206,13 +210,21 @@ def _bare_masks(side: Any, shape: tuple[int, int]) -> Check:
     # Layouts without queries: those of the decode in PyTorch, which `decode` was compared with.
     found = made.detections
     queries = DetectionPostProcessor(side.spec)(logits, boxes.sigmoid(), sizes).queries
-    plain = Found(found, by_query(raw, queries), made.style)
-    gaps = [
-        _mask_gap(_mask(made, slot, size, image), _mask(plain, slot, size, image))
-        for image, size in enumerate(map(tuple, sizes.tolist()))
+    slots = [
+        (image, slot, (height, width))
+        for image, (height, width) in enumerate(sizes.tolist())
         for slot in kept_slots(found.valid[image]).tolist()
     ]
-    return _check_of_masks("masks", gaps)
+    for head in side.heads:
+        if isinstance(head, MaskHead):
+            plain = Found(found, by_query(raw[raw_name(head)], queries), made.style)
+            pairs = [(_mask(made, slot, size, image), _mask(plain, slot, size, image)) for image, slot, size in slots]
+            yield _check_of_masks("masks", [_mask_gap(*pair) for pair in pairs])
+            continue
+        expected = in_pytorch(head, found._replace(queries=queries), raw[raw_name(head)], sizes)
+        for what, values in expected.items():
+            rows = [(made.beside[what][image, slot], values[image, slot], size) for image, slot, size in slots]
+            yield _check_of_values(what, what, rows, SCORE_TOLERANCE)
 
 
 def _in_batches(case: tuple[Tensor, Tensor, Tensor], size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -265,10 +277,11 @@ def _check_images(
         match = match_detections(found.detections, expected.detections, threshold, tolerance)[0]
         total = match.first + match.second
         details = [_BORROWED] * (prepares != [None, None]) + [_RESIZED] * (one.resizes != other.resizes)
+        details += [f"only one side gives {each}, which is not compared" for each in _given_by_one(found, expected)]
         detail = "; ".join(details) if name == named[0][0] else ""
         yield Check(name, match.ok, total, total - match.matched, match.score_difference, match.box_difference, detail)
         if found.whole is not None and expected.whole is not None:
-            yield from _compare_beside(name, found.whole, expected.whole, match.pairs, size)
+            yield from _compare_beside(name, found.whole, expected.whole, match.pairs, size, tolerance)
         for side in (found, expected):
             if side.raw is not None:
                 logits, boxes, sizes, spec = side.raw
@@ -277,21 +290,63 @@ def _check_images(
                 yield from _masks_of_raw(f"{name}: masks of its own raw outputs", side, again, size)
 
 
+def _given_by_one(one: Any, other: Any) -> list[str]:
+    """Name what one of two sides gives beside boxes and the other does not."""
+    given = [
+        {*side.whole.beside, *([] if side.whole.masks is None else ["masks"])} if side.whole else set()
+        for side in (one, other)
+    ]
+    return sorted(given[0] ^ given[1])
+
+
 def _compare_beside(
-    name: str, one: Found, other: Found, pairs: Sequence[tuple[int, int]], size: tuple[int, int]
+    name: str,
+    one: Found,
+    other: Found,
+    pairs: Sequence[tuple[int, int]],
+    size: tuple[int, int],
+    score_tolerance: float,
 ) -> Iterator[Check]:
-    """Compare masks by their overlap, keypoints and oriented boxes by their places, of detections that are partners."""
+    """Compare masks by their overlap, other values each in its own unit, of detections that are partners."""
     places = [kept_slots(side.detections.valid[0]) for side in (one, other)]
     slots = [(int(places[0][first]), int(places[1][second])) for first, second in pairs]
     if one.masks is not None and other.masks is not None:
         gaps = [_mask_gap(_mask(one, first, size), _mask(other, second, size)) for first, second in slots]
         yield _check_of_masks(f"{name}: masks", gaps)
     for what in sorted(one.beside.keys() & other.beside.keys()):
-        differences = [(one.beside[what][0, a].double() - other.beside[what][0, b].double()).abs() for a, b in slots]
-        far = [float(difference.max()) for difference in differences if difference.numel()]
-        allowed = PLACE_TOLERANCE * max(size)
-        wrong = sum(gap > allowed for gap in far)
-        yield Check(f"{name}: {what}", not wrong, len(far), wrong, 0.0, max(far, default=0.0))
+        rows = [(one.beside[what][0, a], other.beside[what][0, b], size) for a, b in slots]
+        yield _check_of_values(f"{name}: {what}", what, rows, score_tolerance)
+
+
+def _check_of_values(
+    name: str, what: str, rows: Sequence[tuple[Tensor, Tensor, tuple[int, int]]], score_tolerance: float
+) -> Check:
+    """Make a check of an output beside the boxes: both values of each detection, and its image's (height, width)."""
+    gaps = [_gaps(what, one, other) for one, other, _ in rows]
+    allowed = {"score": score_tolerance, "angle": ANGLE_TOLERANCE}
+    wrong = sum(
+        any(gap > allowed.get(unit, PLACE_TOLERANCE * max(size)) for unit, gap in found.items())
+        for found, (_, _, size) in zip(gaps, rows, strict=True)
+    )
+    score, place, angle = (max((gap[unit] for gap in gaps), default=0.0) for unit in ("score", "place", "angle"))
+    detail = f"angles differ by {angle:.2g} radians at the most" if angle else ""
+    return Check(name, not wrong, len(rows), wrong, score, place, detail)
+
+
+def _gaps(what: str, one: Tensor, other: Tensor) -> dict[str, float]:
+    """Give the greatest difference of two values of an output, by unit: pixels of a place, scores, radians."""
+    columns = columns_of(what)
+    if one.shape != other.shape:
+        return dict.fromkeys(("score", "place", "angle"), math.inf)
+    one, other = (value.double().reshape(-1, len(columns)) for value in (one, other))
+    gap = (one - other).abs()
+    turned = torch.tensor([column == "angle" for column in columns])
+    gap = torch.where(turned, torch.minimum(gap % math.pi, math.pi - gap % math.pi), gap)
+    same = (one == other) | (one.isnan() & other.isnan())
+    gap = torch.where(same, 0.0, gap.nan_to_num(nan=math.inf))
+    units = {"score": ("score",), "place": ("x", "y"), "angle": ("angle",)}
+    chosen = {unit: gap[:, [column in of for column in columns]] for unit, of in units.items()}
+    return {unit: float(values.max()) if values.numel() else 0.0 for unit, values in chosen.items()}
 
 
 def _masks_of_raw(name: str, side: Any, again: Detections, size: tuple[int, int]) -> Iterator[Check]:

@@ -1,5 +1,7 @@
 """Masks, keypoints and oriented boxes in the file, held to the heads in PyTorch."""
 
+from dataclasses import dataclass
+
 import numpy as np
 import onnx
 import onnxruntime
@@ -10,6 +12,7 @@ from torch import nn
 from detpost import DecodeSpec, DetectionPostProcessor, Detector
 from detpost.export import KeypointHead, MaskHead, OrientedHead, Resize, attach, to_onnx, verify
 from detpost.export.decode_graph import decode_graph
+from detpost.export.heads import recorded_heads
 from detpost.export.heads_graph import RawHead
 from detpost.export.operators import missing
 from detpost.heads import DETRPoseKeypoints, OrientedBoxes, RFDETRKeypoints, masks_per_image
@@ -301,6 +304,54 @@ def test_a_bare_decode_takes_raw_masks(tmp_path, size):
     report = verify(written.path, DetectionPostProcessor(spec))
     assert report.ok, str(report)
     assert any(check.name == "masks" and check.compared for check in report.checks)
+
+
+@pytest.mark.parametrize("io", ["detpost", "deepstream"])
+def test_a_bare_decode_with_oriented_boxes_is_verified(tmp_path, io):
+    spec = DecodeSpec.preset("rfdetr", top_k=30, score_threshold=0.4)
+    options = {"num_queries": Q, "num_classes": C, "io": io, "image_size": (32, 32)}
+    written = to_onnx(DetectionPostProcessor(spec), tmp_path / "post.onnx", oriented=OrientedHead(2.0), **options)
+    report = verify(written.path, written.path)
+    assert report.ok, str(report)
+    assert any(check.name == "oriented_boxes" and check.compared for check in report.checks)
+    model = onnx.load(written.path)
+    for entry in model.metadata_props:
+        entry.value = entry.value.replace('"angle_scale": 2.0', '"angle_scale": 2.1')
+    onnx.save(model, tmp_path / "other.onnx")
+    wrong = verify(written.path, tmp_path / "other.onnx")
+    assert [check.ok for check in wrong.checks if check.name == "oriented_boxes"] == [True, False]
+
+
+@dataclass(frozen=True)
+class Depth:
+    """A head that nobody knows."""
+
+    source: str | None = None
+
+
+def test_an_unknown_head_is_refused(tmp_path):
+    post, options = DetectionPostProcessor(DecodeSpec()), {"num_queries": Q, "num_classes": C}
+    with pytest.raises(ValueError, match="unknown head Depth: take one of masks, keypoints, oriented_boxes"):
+        to_onnx(post, tmp_path / "post.onnx", oriented=Depth(), **options)
+    with pytest.raises(ValueError, match="keypoints are exported with their network"):
+        to_onnx(post, tmp_path / "post.onnx", keypoints=KeypointHead(), **options)
+    with pytest.raises(ValueError, match="unknown head 'depth' in the file: known are masks"):
+        recorded_heads({"heads": {"depth": {"source": None}}})
+
+
+def test_places_come_in_pixels_of_the_image_whatever_the_layout(tmp_path):
+    spec, image = DecodeSpec.preset("rfdetr", top_k=30), torch.rand(3, 40, 50)
+    options = {"keypoints": KeypointHead(), "oriented": OrientedHead(), **QUICK}
+    found = [
+        Detector.load(
+            to_onnx(Everything(), tmp_path / f"{io}.onnx", spec, io=io, **options).path, threshold=0.6
+        ).predict(image)[0]
+        for io in ("detpost", "deepstream", "roboflow")
+    ]
+    assert len(found[0]["scores"]) > 3
+    for other in found[1:]:
+        for name in ("boxes", "keypoints", "oriented_boxes"):
+            torch.testing.assert_close(other[name], found[0][name], rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.slow

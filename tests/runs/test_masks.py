@@ -1,5 +1,6 @@
 """Masks from a detector to run lengths in the results, and to COCO's numbers on them."""
 
+import importlib.util
 import json
 
 import numpy as np
@@ -11,10 +12,11 @@ from typer.testing import CliRunner
 
 from detpost import DecodeSpec, Detector
 from detpost.command.cli import app, main
-from detpost.export import to_onnx
+from detpost.export import KeypointHead, to_onnx
 from detpost.heads import to_rle
 from detpost.runs.detect import detect
 from detpost.runs.evaluate import evaluate_model
+from detpost.runs.merge import merge
 
 SIDE = 32
 # (height, width) of each image and the bright rectangle in it: left, top, width, height, on the mask's pixels.
@@ -76,6 +78,48 @@ def test_detect_writes_run_lengths(tmp_path, file, scenes):
         np.testing.assert_array_equal(one["masks"][0].numpy(), mask)
     line = json.loads((tmp_path / "detections.jsonl").read_text().splitlines()[0])
     assert line["detections"][0]["segmentation"] == rows[0]["segmentation"]
+
+
+def test_masks_go_through_parquet_and_the_merge(tmp_path, file, scenes):
+    pytest.importorskip("pyarrow")
+    detect([scenes], tmp_path, model=file, formats=("coco", "parquet"))
+    merge([tmp_path], tmp_path / "merged", formats=["coco"])
+    whole, merged = (json.loads((place / "detections.json").read_text()) for place in (tmp_path, tmp_path / "merged"))
+    assert all("segmentation" in row for row in merged)
+    assert merged == whole
+
+
+class Skeletons(nn.Module):
+    """Keypoints of two classes for each of two queries."""
+
+    def forward(self, images):
+        sure = images.mean(dim=(1, 2, 3))[:, None, None] * 0
+        points = (sure[..., None] + torch.linspace(0.1, 0.9, 3)).expand(-1, 2, 4, 3)
+        return {
+            "logits": sure + torch.tensor([[4.0, -4.0], [-9.0, 3.0]]),
+            "pred_boxes": (sure + 0.5).expand(-1, 2, 4),
+            "pred_keypoints": points,
+        }
+
+
+def test_detect_keeps_all_that_a_detector_gives_or_says_what_it_leaves_out(tmp_path, scenes):
+    options = {"image_size": (SIDE, SIDE), "exporter": "torchscript"}
+    spec, head = DecodeSpec.preset("rfdetr", top_k=2), KeypointHead((2, 1))
+    model = to_onnx(Skeletons(), tmp_path / "points.onnx", spec, keypoints=head, **options).path
+    formats = ("coco", "jsonl", "csv", "parquet") if importlib.util.find_spec("pyarrow") else ("coco", "jsonl", "csv")
+    with pytest.warns(UserWarning, match="coco and jsonl hold them") as said:
+        detect([scenes], tmp_path / "out", model=model, formats=formats)
+    told = {str(warning.message).split(":")[0] for warning in said}
+    assert "CSV holds boxes and no keypoint_scores, keypoints" in told
+    assert "Parquet has no column for keypoint_scores, keypoints" in told or "parquet" not in formats
+    predicted = Detector.load(model).predict(sorted(scenes.glob("*.png")))
+    scores = [score for one in predicted for score in one["keypoint_scores"].tolist()]
+    assert len(scores) == 2 * len(SCENES)
+    rows = json.loads((tmp_path / "out" / "detections.json").read_text())
+    assert [row["keypoint_scores"] for row in rows] == scores
+    assert all(len(row["keypoints"]) == 2 * 3 for row in rows)
+    lines = [json.loads(line) for line in (tmp_path / "out" / "detections.jsonl").read_text().splitlines()]
+    assert [found["keypoint_scores"] for line in lines for found in line["detections"]] == scores
 
 
 def test_evaluate_measures_masks(tmp_path, file, scenes):

@@ -59,9 +59,7 @@ def some_rows(count, seed=0, prefix=""):
         row |= {"labels": (boxes[:, 1] > 0.5).astype(int).tolist()}
         row |= {"names": [KNOWN["class_names"][str(label)] for label in row["labels"]]}
         if random.random() < 0.3:
-            row["segmentations"] = [
-                {"size": [480, 640], "counts": "x" * int(random.integers(1, 99))} for _ in range(found)
-            ]
+            row["masks"] = [{"size": [480, 640], "counts": "x" * int(random.integers(1, 99))} for _ in range(found)]
         rows.append(row)
     return rows
 
@@ -113,7 +111,7 @@ class TestColumns:
         mask[10:20, 30:50] = 1
         encoded = coco.encode(mask)
         row = {**some_rows(1, seed=1)[0], "boxes": [[30, 10, 50, 20]], "scores": [0.5], "labels": [1], "names": ["dog"]}
-        row["segmentations"] = [{"size": encoded["size"], "counts": encoded["counts"].decode()}]
+        row["masks"] = [{"size": encoded["size"], "counts": encoded["counts"].decode()}]
         frame = pandas.read_parquet(write(tmp_path / "x.parquet", [row]))
         assert (coco.decode({**frame["masks"][0][0], "size": [*frame["masks"][0][0]["size"]]}) == mask).all()
         assert np.stack(frame["boxes"][0]).tolist() == [[30, 10, 50, 20]]

@@ -1,12 +1,14 @@
 """The proof must fail where it should."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
-from detpost import DecodeSpec, DetectionPostProcessor
+from detpost import DecodeSpec, DetectionPostProcessor, Detector
 from detpost.export import package, to_onnx, to_openvino
+from detpost.export.heads import columns_of
 from detpost.verify import verify
 from detpost.verify.compare import raw_cases
 from scripts.same_answer import PlainTopK
@@ -113,3 +115,55 @@ def test_packages_and_openvino_files_are_verified_too(tmp_path):
         assert report.ok, str(report)
         assert report.checks[0].compared == 50
         assert not verify(tmp_path / name, Wrong("labels")).ok
+
+
+def with_more(what, values, change=0.0, column=0):
+    """Give the tiny detector something beside its boxes, one column of it off by ``change``."""
+    plain = Detector.load("tiny", device="cpu", threshold=0.0)
+    columns = columns_of(what)
+    off = torch.tensor([change * (place == column) for place in range(len(columns))])
+
+    def find(images, sizes, mask):
+        found = plain.find(images, sizes, mask)
+        queries = found.detections.queries.clamp(min=0)
+        value = values[queries] + (off if len(columns) > 1 else off[0])
+        return replace(found, beside={what: value})
+
+    return Detector(plain.run, plain.prepare, plain.class_names, plain.device, 0.0, spec=plain.spec, find=find)
+
+
+# In the unit of each kind of number: below what two runtimes may differ by, and above it; images are up to 640 wide.
+CHANGES = {"x": (0.01, 5.0), "y": (0.01, 5.0), "score": (1e-4, 0.01), "angle": (1e-4, 0.01)}
+SHAPES = {"keypoints": (4, 3), "keypoint_scores": (), "oriented_boxes": (5,)}
+
+
+@pytest.mark.parametrize(
+    ("what", "column"), [(what, column) for what in SHAPES for column in range(len(columns_of(what)))]
+)
+def test_each_number_beside_the_boxes_is_compared_in_its_own_unit(what, column):
+    values = torch.rand(300, *SHAPES[what], generator=torch.Generator().manual_seed(0))
+    within, beyond = CHANGES[columns_of(what)[column]]
+    for change, ok in ((within, True), (beyond, False)):
+        report = verify(with_more(what, values, change, column), with_more(what, values))
+        checks = [check for check in report.checks if check.name.endswith(what)]
+        assert sum(check.compared for check in checks) > 5
+        assert report.ok is ok, str(report)
+        assert {check.ok for check in report.checks} - {check.ok for check in checks} <= {True}
+
+
+def test_an_angle_next_to_a_quarter_turn_may_come_as_the_other():
+    values = torch.tensor([3.0, 4.0, 9.0, 5.0, torch.pi / 2 - 1e-6]).expand(300, 5)
+    turned = verify(with_more("oriented_boxes", values, 2e-6 - torch.pi, 4), with_more("oriented_boxes", values))
+    assert turned.ok, str(turned)
+
+
+def test_numbers_and_shapes_that_are_no_numbers_and_shapes_of_the_other_differ():
+    values = torch.rand(300, 4, 3)
+    for other in (values * torch.nan, values[:, :3]):
+        assert not verify(with_more("keypoints", values), with_more("keypoints", other)).ok
+    assert verify(with_more("keypoints", values * torch.nan), with_more("keypoints", values * torch.nan)).ok
+
+
+def test_what_one_side_alone_gives_is_said():
+    report = verify(with_more("keypoint_scores", torch.rand(300)), "tiny")
+    assert "only one side gives keypoint_scores, which is not compared" in str(report)
