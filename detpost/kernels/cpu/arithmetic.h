@@ -3,6 +3,7 @@
 
 typedef float Floats __attribute__((vector_size(DETPOST_REGISTER)));
 typedef int32_t Ints __attribute__((vector_size(DETPOST_REGISTER)));
+typedef uint32_t Words __attribute__((vector_size(DETPOST_REGISTER)));
 
 constexpr int64_t kLanes = DETPOST_REGISTER / 4;
 

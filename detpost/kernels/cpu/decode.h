@@ -68,7 +68,7 @@ static const float* all_probabilities(const DecodeArguments& of, const float* lo
     const float* row = logits + query * of.classes;
     float* out = scores + query * of.classes;
     const Greatest peak = greatest_of(row, of.classes);
-    const float inverse = 1.0f / total_weight<true>(row, of.classes, peak.value, limbs, out, kInfinity);
+    const float inverse = 1.0f / total_weight(row, of.classes, peak.value, limbs, out, kInfinity);
     for (int64_t i = 0; i < of.classes; ++i) out[i] *= inverse;
     if (peak.has_nan) {
       for (int64_t i = 0; i < of.classes; ++i) out[i] = std::numeric_limits<float>::quiet_NaN();
@@ -80,11 +80,12 @@ static const float* all_probabilities(const DecodeArguments& of, const float* lo
 
 // From how far the best logit of each query lies below the greatest, and what its weights sum up to: its probability.
 static void probabilities_of_best(const float* gaps, const float* totals, int64_t padded, float* scores) {
-  Floats gap, total;
+  Floats weight, total;
   for (int64_t i = 0; i < padded; i += kLanes) {
-    load(gap, gaps + i);
+    load(weight, gaps + i);
     load(total, totals + i);
-    store(scores + i, weights_of(gap) * (1.0f / total));
+    weights_of<1>(&weight);
+    store(scores + i, weight * (1.0f / total));
   }
 }
 
@@ -97,7 +98,7 @@ DETPOST_INLINE float total_of(const DecodeArguments& of, const float* row, float
     enough = static_cast<float>(1.001 * weight / of.threshold);  // more than what the weight rounds by
     if (enough <= 1.0f) return 1.0f;  // the weight of the greatest logit alone
   }
-  return total_weight<false>(row, of.classes, peak, limbs, nullptr, enough);
+  return total_weight(row, of.classes, peak, limbs, nullptr, enough);
 }
 
 // The best class of each query, by its logits: far below the background all its probabilities are 0.

@@ -18,6 +18,9 @@ DETPOST_INLINE Floats weights_by_tables(const Floats& steps) {
 }
 
 #if DETPOST_FMA
+// The three factors of steps below `kNearSteps`, with no look-up in memory: the processors' gathers are slower than all of
+// this. A coarse entry is a product of numbers in two parts each, a fine one a polynomial; each comes out as the table has
+// it, as tests/kernels/cpu/test_softmax.py tries for every pair of entries.
 #if DETPOST_REGISTER == 64
 DETPOST_INLINE Floats fused(const Floats& a, const Floats& b, const Floats& c) { return _mm512_fmadd_ps(a, b, c); }
 
@@ -56,40 +59,69 @@ DETPOST_INLINE Floats coarse_weights(const Ints& entries) {
 }
 #endif
 
-// The same of steps below `kNearSteps`, with no look-up in memory: the processors' gathers are slower than all of this.
-// A coarse entry is a product of numbers in two parts each, a fine one a polynomial; each comes out as the table has it,
-// as tests/kernels/cpu/test_softmax.py tries for every pair of entries.
-DETPOST_INLINE Floats near_weights(const Floats& steps) {
-  const Ints whole = __builtin_convertvector(steps, Ints);
-  const Floats coarse = coarse_weights(whole >> 18);
-  const Floats j = __builtin_convertvector(whole >> 10 & 255, Floats);
+DETPOST_INLINE Floats fine_weights(const Ints& entries) {
+  const Floats j = __builtin_convertvector(entries, Floats);
   const Floats none = {};
   const Floats line = fused(j, none - 0x1p-12f, none + 1.0f);
   const Floats curve = fused(fused(none + 0x1.5188p-53f, j, none - 0x1.5558e2p-39f), j, none + 0x1.000006p-25f);
-  const Floats fine = fused(j * j, curve, line);
-  return coarse * fine * (1.0f - __builtin_convertvector(whole & 1023, Floats) / kStepsOfLogit);
+  return fused(j * j, curve, line);
 }
+
+DETPOST_INLINE Floats rest_weights(const Ints& rest) { return 1.0f - __builtin_convertvector(rest, Floats) / kStepsOfLogit; }
 #endif
 
-// exp(-gap) of gaps from 0 to infinity.
-DETPOST_INLINE Floats weights_of(const Floats& gaps) {
-  const Floats scaled = gaps * kStepsOfLogit;
-  const Floats steps = scaled < kMostSteps ? scaled : kMostSteps - (Floats){};
+// Registers that take each step side by side: one alone would wait for the result of every step before.
+constexpr int kTogether = DETPOST_FMA ? 8 : 1;
+// They stay registers only where the loops over them are unrolled.
+#define DETPOST_TOGETHER _Pragma("GCC unroll 8")
+
+// exp(-gap) of gaps from 0 to infinity in `kCount` registers, in place; `kNear`: all gaps are below 32.
+template <int kCount, bool kNear>
+DETPOST_INLINE void weights_from_steps(Floats* steps) {
 #if DETPOST_FMA
-  if (!any_lane(steps >= kNearSteps)) return near_weights(steps);
+  if (kNear) {
+    Ints whole[kCount];
+    DETPOST_TOGETHER
+    for (int i = 0; i < kCount; ++i) whole[i] = __builtin_convertvector(steps[i], Ints);
+    DETPOST_TOGETHER
+    for (int i = 0; i < kCount; ++i) steps[i] = coarse_weights(whole[i] >> 18);
+    DETPOST_TOGETHER
+    for (int i = 0; i < kCount; ++i) steps[i] *= fine_weights(whole[i] >> 10 & 255);
+    DETPOST_TOGETHER
+    for (int i = 0; i < kCount; ++i) steps[i] *= rest_weights(whole[i] & 1023);
+    return;
+  }
 #endif
-  return weights_by_tables(steps);
+  DETPOST_TOGETHER
+  for (int i = 0; i < kCount; ++i) steps[i] = weights_by_tables(steps[i]);
+}
+
+template <int kCount>
+DETPOST_INLINE void weights_of(Floats* gaps) {
+  Ints are_far = {};
+  DETPOST_TOGETHER
+  for (int i = 0; i < kCount; ++i) {
+    const Floats scaled = gaps[i] * kStepsOfLogit;
+    gaps[i] = scaled < kMostSteps ? scaled : kMostSteps - (Floats){};
+    are_far |= gaps[i] >= kNearSteps;
+  }
+  if (any_lane(are_far)) {
+    weights_from_steps<kCount, false>(gaps);
+  } else {
+    weights_from_steps<kCount, true>(gaps);
+  }
 }
 
 // The same for a sum: what lies 32 logits below and more is below its last limb, and any weight as small stands for it.
-DETPOST_INLINE Floats summands_of(const Floats& gaps) {
-#if DETPOST_FMA
-  constexpr float kLeast = kNearSteps - 8.0f;
-  const Floats scaled = gaps * kStepsOfLogit;
-  return near_weights(scaled < kLeast ? scaled : kLeast - (Floats){});
-#else
-  return weights_of(gaps);
-#endif
+template <int kCount>
+DETPOST_INLINE void summands_of(Floats* gaps) {
+  constexpr float kMost = DETPOST_FMA ? kNearSteps - 8.0f : kMostSteps;
+  DETPOST_TOGETHER
+  for (int i = 0; i < kCount; ++i) {
+    const Floats scaled = gaps[i] * kStepsOfLogit;
+    gaps[i] = scaled < kMost ? scaled : kMost - (Floats){};
+  }
+  weights_from_steps<kCount, true>(gaps);
 }
 
 // Weights are summed in limbs so short that a sum over the classes is exact, whatever its order.
@@ -119,45 +151,94 @@ DETPOST_INLINE int64_t load_last(Floats& values, const float* row, int64_t first
   return skipped;
 }
 
-DETPOST_INLINE void add_limbs(Ints* sums, int count, float scale, const Floats& weights) {
-  Floats rest = weights;
+// Adds `kCount` registers of weights, which it spends. `count` limbs, a constant where the loop is to be unrolled.
+template <int kCount>
+DETPOST_INLINE void add_limbs(Ints* sums, int count, int bits, Floats* weights) {
+  constexpr int kFew = kCount < 4 ? kCount : 4;
+  const float scale = static_cast<float>(1 << bits);
+  if (count == 3) {  // of up to 15 bits: the last two are summed as one, and told apart before four of them could overflow
+    DETPOST_TOGETHER
+    for (int i = 0; i < kCount; ++i) {
+      weights[i] *= scale;
+      const Ints whole = __builtin_convertvector(weights[i], Ints);
+      sums[0] += whole;
+      weights[i] -= __builtin_convertvector(whole, Floats);
+    }
+    for (int first = 0; first < kCount; first += kFew) {
+      Words both = {};
+      DETPOST_TOGETHER
+      for (int i = first; i < first + kFew; ++i) {
+        both += reinterpret_cast<Words>(__builtin_convertvector(weights[i] * (scale * scale), Ints));
+      }
+      sums[1] += reinterpret_cast<Ints>(both >> bits);
+      sums[2] += reinterpret_cast<Ints>(both & ((1u << bits) - 1));
+    }
+    return;
+  }
   for (int limb = 0; limb < count; ++limb) {
-    const Floats scaled = rest * scale;
-    const Ints whole = __builtin_convertvector(scaled, Ints);
-    sums[limb] += whole;
-    rest = scaled - __builtin_convertvector(whole, Floats);
+    DETPOST_TOGETHER
+    for (int i = 0; i < kCount; ++i) {
+      weights[i] *= scale;
+      const Ints whole = __builtin_convertvector(weights[i], Ints);
+      sums[limb] += whole;
+      weights[i] -= __builtin_convertvector(whole, Floats);
+    }
   }
 }
 
-constexpr int64_t kLooksEvery = 8 * kLanes;  // a power of two
+// Weighs `kCount` registers of logits from `first` on and adds them; the last may reach beyond the row, but where `kWhole`.
+// `kept` receives the weights, or is null.
+template <int kCount, bool kWhole>
+DETPOST_INLINE void add_registers(Ints* sums, int count, int bits, const float* logits, int64_t first, int64_t classes,
+                                  float peak, float* kept) {
+  constexpr int kLast = kCount - 1;
+  const int64_t begin = first + kLast * kLanes;  // of the last register
+  Floats values[kCount];
+  DETPOST_TOGETHER
+  for (int i = 0; i < kLast; ++i) load(values[i], logits + first + i * kLanes);
+  const bool whole = kWhole || begin + kLanes <= classes;
+  int64_t skipped = 0;
+  if (whole) {
+    load(values[kLast], logits + begin);
+  } else {
+    skipped = load_last(values[kLast], logits, begin, classes);
+  }
+  DETPOST_TOGETHER
+  for (int i = 0; i < kCount; ++i) values[i] = peak - values[i];
+  if (kept) {
+    weights_of<kCount>(values);
+    DETPOST_TOGETHER
+    for (int i = 0; i < kLast; ++i) store(kept + first + i * kLanes, values[i]);
+    if (whole) store(kept + begin, values[kLast]);
+    for (int64_t i = begin; !whole && i < classes; ++i) kept[i] = values[kLast][skipped + i - begin];
+  } else {
+    summands_of<kCount>(values);
+  }
+  add_limbs<kCount>(sums, count, bits, values);
+}
 
 // The sum of the weights of a query's classes, whose greatest logit is a finite `peak`. `count` limbs, a constant where the
-// loop over them is to be unrolled. `weights` receives the weights themselves, where they are kept; where they are not, a
-// part of the sum will do that is `enough`.
-template <bool kKeeps>
+// loop over them is to be unrolled. `kept` receives the weights themselves, or is null; where it is, a part of the sum will
+// do that is `enough`.
 DETPOST_INLINE float sum_weights(const float* logits, int64_t classes, float peak, const Limbs& limbs, int count,
-                                 float* weights, float enough) {
+                                 float* kept, float enough) {
   Ints sums[kMostLimbs];
   for (int limb = 0; limb < count; ++limb) sums[limb] = (Ints){};
   const float scale = static_cast<float>(1 << limbs.bits);
-  Floats values, shares;
+  const int bits = limbs.bits;
   int64_t first = 0;
-  for (; first + kLanes <= classes; first += kLanes) {
-    load(values, logits + first);
-    shares = kKeeps ? weights_of(peak - values) : summands_of(peak - values);
-    add_limbs(sums, count, scale, shares);
-    if (kKeeps) store(weights + first, shares);
-    if (kKeeps || (first & (kLooksEvery - 1)) != 0) continue;
+  for (; first + kTogether * kLanes <= classes; first += kTogether * kLanes) {
+    add_registers<kTogether, true>(sums, count, bits, logits, first, classes, peak, kept);
+    if (enough == kInfinity) continue;
     int32_t sum = 0;  // of the greatest limb alone, rounded down: never more than the whole sum
     for (int64_t lane = 0; lane < kLanes; ++lane) sum += sums[0][lane];
     if (static_cast<float>(sum) >= enough * scale) return static_cast<float>(sum) / scale;
   }
-  if (first < classes) {
-    const int64_t skipped = load_last(values, logits, first, classes);
-    shares = kKeeps ? weights_of(peak - values) : summands_of(peak - values);
-    add_limbs(sums, count, scale, shares);
-    for (int64_t i = first; kKeeps && i < classes; ++i) weights[i] = shares[skipped + i - first];
-  }
+  const int64_t left = (classes - first + kLanes - 1) / kLanes;  // registers, the last of them not full
+  if (left & 4) add_registers<4, false>(sums, count, bits, logits, first, classes, peak, kept), first += 4 * kLanes;
+  if (left & 2) add_registers<2, false>(sums, count, bits, logits, first, classes, peak, kept), first += 2 * kLanes;
+  if (left & 1) add_registers<1, false>(sums, count, bits, logits, first, classes, peak, kept);
+  if (left & 8) add_registers<8, false>(sums, count, bits, logits, first, classes, peak, kept);
   float total = 0.0f;
   for (int limb = count - 1; limb >= 0; --limb) {
     int32_t sum = 0;
@@ -178,14 +259,13 @@ static float sum_of_infinite(const float* logits, int64_t classes, float* weight
   return static_cast<float>(count);
 }
 
-template <bool kKeeps>
-DETPOST_INLINE float total_weight(const float* logits, int64_t classes, float peak, const Limbs& limbs, float* weights,
+DETPOST_INLINE float total_weight(const float* logits, int64_t classes, float peak, const Limbs& limbs, float* kept,
                                   float enough) {
-  if (peak == kInfinity) return sum_of_infinite(logits, classes, kKeeps ? weights : nullptr);
+  if (peak == kInfinity) return sum_of_infinite(logits, classes, kept);
   if (peak == -kInfinity) peak = 0.0f;
-  if (limbs.count == 2) return sum_weights<kKeeps>(logits, classes, peak, limbs, 2, weights, enough);
-  if (limbs.count == 3) return sum_weights<kKeeps>(logits, classes, peak, limbs, 3, weights, enough);
-  return sum_weights<kKeeps>(logits, classes, peak, limbs, limbs.count, weights, enough);
+  if (limbs.count == 2) return sum_weights(logits, classes, peak, limbs, 2, kept, enough);
+  if (limbs.count == 3) return sum_weights(logits, classes, peak, limbs, 3, kept, enough);
+  return sum_weights(logits, classes, peak, limbs, limbs.count, kept, enough);
 }
 
 struct Greatest {
@@ -194,21 +274,30 @@ struct Greatest {
 };
 
 static Greatest greatest_of(const float* logits, int64_t count) {
-  Floats best, values;
-  fill(best, -kInfinity);
+  constexpr int kAtOnce = 4;  // a maximum waits for the one before
+  Floats best[kAtOnce], values[kAtOnce];
   Ints is_nan = {};
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) {
-    load(values, logits + i);
-    is_nan |= values != values;
-    best = values > best ? values : best;
+  for (int i = 0; i < kAtOnce; ++i) fill(best[i], -kInfinity);
+  int64_t first = 0;
+  for (; first + kAtOnce * kLanes <= count; first += kAtOnce * kLanes) {
+    DETPOST_TOGETHER
+    for (int i = 0; i < kAtOnce; ++i) {
+      load(values[i], logits + first + i * kLanes);
+      is_nan |= values[i] != values[i];
+      best[i] = values[i] > best[i] ? values[i] : best[i];
+    }
   }
-  if (i < count) {
-    load_last(values, logits, i, count);
-    is_nan |= values != values;
-    best = values > best ? values : best;
+  for (; first < count; first += kLanes) {
+    if (first + kLanes <= count) {
+      load(values[0], logits + first);
+    } else {
+      load_last(values[0], logits, first, count);
+    }
+    is_nan |= values[0] != values[0];
+    best[0] = values[0] > best[0] ? values[0] : best[0];
   }
-  return {greatest_lane(best), any_lane(is_nan)};
+  for (int i = 1; i < kAtOnce; ++i) best[0] = best[i] > best[0] ? best[i] : best[0];
+  return {greatest_lane(best[0]), any_lane(is_nan)};
 }
 
 // The first place of a number in logits[first, last), or `last`.
