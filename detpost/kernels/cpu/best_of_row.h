@@ -18,27 +18,41 @@ DETPOST_INLINE float value_of_key(uint32_t key) {
   return value;
 }
 
+// Of numbers that are none of them NaN.
+DETPOST_INLINE Words descending_keys(const Floats& values) {
+  const Words bits = reinterpret_cast<Words>(values + 0.0f);  // of zeros +0
+  const Words sign = reinterpret_cast<Words>(reinterpret_cast<Ints>(bits) >> 31);
+  return ~(bits ^ (sign | 0x80000000u));
+}
+
 // The least key such that `wanted` of the `count` keys are no greater, or, if `slack` allows, one somewhat above it with
-// at most `slack` further keys below. Radix selection, from the highest bits down. 1 <= wanted <= count.
+// at most `slack` further keys below. 1 <= wanted <= count. Counts them in equal parts of their range, then in those of the
+// part that the answer is in, until a part is small enough.
 static uint32_t select_key(const uint32_t* keys, int64_t count, int64_t wanted, int64_t slack) {
-  static const int kShifts[3] = {21, 10, 0};
-  static const int kBits[3] = {11, 11, 10};
-  uint32_t prefix = 0;
-  int64_t below = 0;  // keys under the prefix's range
-  for (int pass = 0; pass < 3; ++pass) {
-    uint32_t histogram[2048] = {};
-    const int shift = kShifts[pass], bits = kBits[pass];
-    const uint32_t mask = (1u << bits) - 1;
-    for (int64_t i = 0; i < count; ++i) {
-      const bool inside = pass == 0 || (keys[i] >> (shift + bits)) == (prefix >> (shift + bits));
-      histogram[(keys[i] >> shift) & mask] += inside;
-    }
-    uint32_t bin = 0;
-    while (below + histogram[bin] < wanted) below += histogram[bin++];
-    prefix |= bin << shift;
-    if (below + histogram[bin] <= wanted + slack) return prefix | ((1u << shift) - 1);
+  constexpr int kBits = 8;
+  uint32_t first = keys[0], last = keys[0];  // the range
+  for (int64_t i = 1; i < count; ++i) {
+    first = keys[i] < first ? keys[i] : first;
+    last = keys[i] > last ? keys[i] : last;
   }
-  return prefix;
+  int64_t below = 0;  // keys under the range
+  while (first < last) {
+    const uint32_t range = last - first;
+    const int width = 32 - __builtin_clz(range);
+    const int shift = width > kBits ? width - kBits : 0;
+    uint32_t histogram[(1 << kBits) + 1] = {};  // the last is for what is outside the range
+    for (int64_t i = 0; i < count; ++i) {
+      const uint32_t place = keys[i] - first;  // huge below the range
+      ++histogram[place <= range ? place >> shift : 1 << kBits];
+    }
+    uint32_t part = 0;
+    while (below + histogram[part] < wanted) below += histogram[part++];
+    const uint32_t before = part << shift, size = (1u << shift) - 1;
+    last = range - before > size ? first + before + size : last;
+    first += before;
+    if (below + histogram[part] <= wanted + slack) break;
+  }
+  return last;
 }
 
 // Stable ascending radix sort of (key, index) pairs; the result is in the first pair of arrays.
@@ -103,12 +117,11 @@ static float lower_bound_of_best(const float* row, int64_t width, int64_t kept, 
       odd_part = odd > odd_part ? odd : odd_part;
       block_maxima[block] = greatest_lane(even > odd ? even : odd);
     }
-    for (int lane = 0; lane < kLanes; ++lane) {
-      keys[made++] = descending_key(even_part[lane]);
-      keys[made++] = descending_key(odd_part[lane]);
-    }
+    const Words made_here[2] = {descending_keys(even_part), descending_keys(odd_part)};
+    std::memcpy(keys + made, made_here, sizeof made_here);
+    made += 2 * kLanes;
   }
-  return value_of_key(select_key(keys, made, kept, kept / 4));
+  return value_of_key(select_key(keys, made, kept, kept / 16));
 }
 
 // Appends the indices of what reaches the bound in row[first, last), without a branch per element, and gives the new

@@ -11,27 +11,26 @@ DETPOST_INLINE float size_element(const DecodeArguments& of, int64_t i) {
   return static_cast<float>(static_cast<const int64_t*>(of.sizes)[i]);
 }
 
-// As torch: a NaN stays one.
-DETPOST_INLINE float clamp_to(float value, float limit) {
-  value = value < 0.0f ? 0.0f : value;
-  return value > limit || limit != limit ? limit : value;
-}
+typedef float Box __attribute__((vector_size(16)));
 
-DETPOST_INLINE void decode_box(const DecodeArguments& of, const float* box, float width, float height, float* out) {
-  float x1 = box[0], y1 = box[1], x2 = box[2], y2 = box[3];
+DETPOST_INLINE Box decode_box(const DecodeArguments& of, const float* box, const Box& image) {
+  Box sides;
+  std::memcpy(&sides, box, sizeof sides);
   if (of.box_format == kCxcywh || of.box_format == kSidesNotNegative) {
-    if (of.box_format == kSidesNotNegative) x2 = x2 < 0.0f ? 0.0f : x2, y2 = y2 < 0.0f ? 0.0f : y2;
-    const float half_width = 0.5f * x2, half_height = 0.5f * y2;
-    x1 = box[0] - half_width, y1 = box[1] - half_height;
-    if (of.out_format != kXywh) x2 = box[0] + half_width, y2 = box[1] + half_height;
+    Box extent = {sides[2], sides[3], sides[2], sides[3]};
+    if (of.box_format == kSidesNotNegative) extent = extent < 0.0f ? (Box){} : extent;
+    const Box centre = {sides[0], sides[1], sides[0], sides[1]}, outwards = {-0.5f, -0.5f, 0.5f, 0.5f};
+    sides = centre + extent * outwards;  // an exact product
+    if (of.out_format == kXywh) sides[2] = extent[2], sides[3] = extent[3];
   } else if (of.box_format == kXywh) {
-    x2 = box[0] + box[2], y2 = box[1] + box[3];
+    sides[2] = box[0] + box[2], sides[3] = box[1] + box[3];
   }
-  if (of.size_type != kNoSizes) x1 *= width, y1 *= height, x2 *= width, y2 *= height;
-  if (of.clip) {
-    x1 = clamp_to(x1, width), y1 = clamp_to(y1, height), x2 = clamp_to(x2, width), y2 = clamp_to(y2, height);
+  if (of.size_type != kNoSizes) sides *= image;
+  if (of.clip) {  // as torch: a NaN stays one
+    sides = sides < 0.0f ? (Box){} : sides;
+    sides = sides > image || image != image ? image : sides;
   }
-  out[0] = x1, out[1] = y1, out[2] = x2, out[3] = y2;
+  return sides;
 }
 
 // In double, so that equal logits score alike and as in the plain form. `count` is a multiple of 8.
@@ -138,6 +137,12 @@ static Keys keys_of(const DecodeArguments& of, const float* logits) {
   return {of.background < 0 ? logits : without_background(of, logits), pairs, nullptr};
 }
 
+// Exact, and several at a time, which whole numbers are not divided: a quotient of 32 bits never rounds up to the next.
+static void divide_all(const uint32_t* numbers, int64_t count, uint32_t by, uint32_t* quotients) {
+  const double divisor = by;
+  for (int64_t i = 0; i < count; ++i) quotients[i] = static_cast<uint32_t>(static_cast<int32_t>(numbers[i] / divisor));
+}
+
 static void decode_image(const void* data, int64_t image) {
   const DecodeArguments& of = *static_cast<const DecodeArguments*>(data);
   const Keys keys = keys_of(of, as_float_row(of.logits, of.dtype, image, of.queries * of.stride));
@@ -146,25 +151,27 @@ static void decode_image(const void* data, int64_t image) {
 
   const float image_height = of.size_type == kNoSizes ? 1.0f : size_element(of, 2 * image);
   const float image_width = of.size_type == kNoSizes ? 1.0f : size_element(of, 2 * image + 1);
+  const Box size = {image_width, image_height, image_width, image_height};
   const float* boxes = of.boxes + image * of.queries * of.boxes_stride;
   const uint32_t classes = static_cast<uint32_t>(of.classes);
+  uint32_t* queries = scratch.take<uint32_t>(2, of.kept);
   const int64_t padded = (of.kept + 7) / 8 * 8;
   float* chosen = scratch.take<float>(1, 2 * padded);
   float* scores = of.activation == kSigmoid ? chosen + padded : chosen;
   for (int64_t i = 0; i < padded; ++i) chosen[i] = i < of.kept ? keys.values[best[i]] : 0.0f;
   if (of.activation == kSigmoid) sigmoids(chosen, padded, scores);
+  if (!keys.labels) divide_all(best, of.kept, classes, queries);
   for (int64_t i = 0; i < of.kept; ++i) {
     const int64_t slot = image * of.kept + i;
     const float key = chosen[i], score = scores[i];
-    const uint32_t query = keys.labels ? best[i] : best[i] / classes;
+    const uint32_t query = keys.labels ? best[i] : queries[i];
     const uint32_t label = keys.labels ? keys.labels[query] : best[i] - query * classes;
     const bool valid = key == key && (!of.has_threshold || score > of.threshold);
-    float box[4];
-    decode_box(of, boxes + of.boxes_stride * query, image_width, image_height, box);
+    const Box box = valid ? decode_box(of, boxes + of.boxes_stride * query, size) : (Box){};
     of.out_scores[slot] = valid ? score : 0.0f;
     of.out_labels[slot] = valid ? static_cast<int64_t>(label) : -1;
     of.out_queries[slot] = valid ? static_cast<int64_t>(query) : -1;
     of.out_valid[slot] = valid;
-    for (int side = 0; side < 4; ++side) of.out_boxes[4 * slot + side] = valid ? box[side] : 0.0f;
+    std::memcpy(of.out_boxes + 4 * slot, &box, sizeof box);
   }
 }
