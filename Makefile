@@ -8,7 +8,7 @@ KERNELS := $(wildcard detpost/kernels/cpu/*.cpp detpost/kernels/cpu/*.h)
 OLDEST := .venv-oldest
 RAY := .venv-ray
 
-.PHONY: install demo test test-processors test-lowest test-oldest test-oldest-fast test-ray test-edge lint docs bench clean
+.PHONY: install demo test test-slow test-processors test-lowest test-oldest test-oldest-fast test-ray test-edge lint docs bench clean
 
 install: $(STAMP)
 
@@ -26,8 +26,13 @@ demo: $(STAMP)
 
 # Notebooks included; one thread in each, because the workers have the cores. A worker that has nothing left takes half of
 # what another still has: no long file keeps one waiting at the end.
+PYTEST := -m pytest -n auto --dist worksteal
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal --nbmake --nbmake-timeout=300
+	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) --nbmake --nbmake-timeout=300 -m 'not slow'
+
+# What takes a minute each: whole networks compiled and exported, runs that are killed, Triton's interpreter, memory.
+test-slow: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) -m slow
 
 # Once for each level of instructions and each form of the kernels that this machine has.
 test-processors: $(STAMP)
@@ -47,7 +52,7 @@ $(OLDEST)/.installed: pyproject.toml setup.py scripts/oldest_versions.py $(KERNE
 	touch $@
 
 test-oldest: $(OLDEST)/.installed
-	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n auto --dist worksteal --nbmake --nbmake-timeout=300
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python $(PYTEST) --nbmake --nbmake-timeout=300
 
 # ExecuTorch, LiteRT and Core ML, each with the PyTorch of its choice: environments of their own.
 EDGE_RUNNERS := executorch litert coreml
@@ -71,7 +76,7 @@ OLDEST_FAST := tests/test_selection.py tests/test_postprocess.py tests/test_dete
 	tests/metrics tests/kernels/cpu tests/kernels/test_dispatch.py tests/export/test_decode_graph.py \
 	tests/export/test_attach.py tests/command tests/integrations/test_kornia.py tests/integrations/test_errors.py
 test-oldest-fast: $(OLDEST)/.installed
-	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n auto --dist worksteal -m 'not slow' \
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python $(PYTEST) -m 'not slow' \
 		-k 'not (compile or dynamo or in_training or every_level or not_given)' $(OLDEST_FAST)
 
 # Ray Data and DuckDB, in an environment that has all of .venv besides: 350 MB that few need.

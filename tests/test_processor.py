@@ -36,6 +36,7 @@ def test_levels_that_the_processor_lacks_are_left_out(monkeypatch):
     assert processor.skipped("ONEDNN_MAX_CPU_ISA", "AVX2") == "the same as it is"
 
 
+@pytest.mark.slow
 def test_the_command_lists_every_level_and_leaves_none_unsaid():
     command = [sys.executable, "scripts/test_processors.py", "--list"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
@@ -72,6 +73,7 @@ def test_every_test_that_a_level_names_is_there():
     assert not [path for path in named if not (ROOT / path).exists()]
 
 
+@pytest.mark.slow
 def test_a_level_runs_its_tests_and_the_one_that_watches_it():
     script = runpy.run_path(str(ROOT / "scripts" / "test_processors.py"))
     outcome = script["run"](script["Level"]({"DETPOST_KERNEL": "numpy"}, tests=()))

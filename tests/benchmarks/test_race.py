@@ -111,6 +111,7 @@ def test_the_files_say_where_and_when(tmp_path):
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="no /proc")
+@pytest.mark.slow
 def test_peak_memory_is_that_of_one_run():
     task = Task("HausdorffERLoss forward + backward", (2, 2, 256, 256), {}, with_memory=True)
     peaks = _peaks(task, "cpu")

@@ -211,6 +211,7 @@ def test_a_decode_alone_is_verified_on_adversarial_ties(tmp_path):
     assert len(report.checks) == len(list(raw_cases(50, 60)))
 
 
+@pytest.mark.slow
 def test_killing_it_half_way_leaves_the_old_file_whole(tmp_path):
     source = written(tmp_path, foreign())
     attach(source, tmp_path / "out.onnx")

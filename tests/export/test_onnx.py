@@ -75,6 +75,7 @@ def assert_graph_agrees(path, model, spec, size, batch, scale=1.0):
 
 @pytest.mark.peers
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.slow
 def test_every_family_exports_with_a_free_batch(tmp_path, family):
     model = detector(family)
     spec = DecodeSpec.from_config(model.config)

@@ -52,6 +52,7 @@ def detector_file(path, **options):
 
 class TestPostProcessor:
     @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.slow
     def test_chooses_what_eager_chooses_at_every_batch_size(self, files, kind):
         opened = open_package(files(kind))
         for batch in range(1, 9):
@@ -63,6 +64,7 @@ class TestPostProcessor:
                     torch.testing.assert_close(found[name], getattr(expected, name))
 
     @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.slow
     def test_runs_in_a_process_that_cannot_import_detpost(self, files, kind, tmp_path):
         arguments = raw(3)
         torch.save(arguments, tmp_path / "inputs.pt")

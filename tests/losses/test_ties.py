@@ -67,6 +67,7 @@ def test_compiled_values_and_gradients_are_the_exact_ones(kernel, dtype, sides, 
 
 @needs_native
 @pytest.mark.parametrize("level", ["baseline", "avx2", "avx512"])
+@pytest.mark.slow
 def test_every_level_of_instructions_gives_the_exact_gradient(level, tmp_path):
     """A level that the processor has not is the next lower one."""
     given = case((8, 9))

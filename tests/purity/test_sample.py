@@ -45,6 +45,7 @@ def test_the_sample_holds_two_hundred_findings_and_for_each_row_a_verdict_and_a_
 
 
 @pytest.mark.peers
+@pytest.mark.slow
 def test_most_of_the_sample_is_still_there(audit):
     assert audit.rows >= 9 * audit.gone
 

@@ -413,6 +413,7 @@ class TestResume:
         detect([SAMPLES], tmp_path, fresh=True)
         assert (tmp_path / "pictures" / "mine.txt").read_text() == "mine"
 
+    @pytest.mark.slow
     def test_killed_anywhere_and_resumed_it_gives_the_same_bytes(self, tmp_path):
         make_images(tmp_path / "in", 7)
         points = [
@@ -450,6 +451,7 @@ class TestResume:
         assert told["replace:0"]["through"] == 0
 
     @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+    @pytest.mark.slow
     def test_the_command_goes_on_where_it_was_stopped(self, tmp_path, number):
         images = make_images(tmp_path / "in", 50)
         command = [sys.executable, "-m", "detpost", "detect", images, "--batch", "1", "--device", "cpu", "--out"]

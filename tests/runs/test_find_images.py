@@ -73,6 +73,7 @@ def test_a_folder_that_is_linked_twice_is_taken_under_both_names(tmp_path):
     assert find_images([tmp_path / "in"]).names == ["cats/sub/x.png", "train/cats/sub/x.png"]
 
 
+@pytest.mark.slow
 def test_a_tree_deeper_than_pythons_stack_is_searched(tmp_path):
     deepest = tmp_path.joinpath(*("d" * 1100))
     where = os.open(tmp_path, os.O_RDONLY)

@@ -71,6 +71,7 @@ assert os.waitpid(child, 0)[1] == 0
     assert done.returncode == 0, done.stderr[-300:]
 
 
+@pytest.mark.slow
 def test_every_level_of_instructions_gives_the_same_answers():
     code = """
 import torch

@@ -114,6 +114,7 @@ print(library.instructions())
 
 
 @pytest.mark.parametrize("level", ["baseline", "avx2", "avx512"])
+@pytest.mark.slow
 def test_every_instruction_level_keeps_the_same(level):
     environment = os.environ | {"DETPOST_NATIVE": level, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(

@@ -109,6 +109,7 @@ def test_what_is_usual_is_decoded_in_numpy_and_not_left_to_pytorch(preset):
 
 @NATIVE
 @pytest.mark.parametrize("level", ["baseline", "avx2", ""])
+@pytest.mark.slow
 def test_every_level_of_instructions_gives_the_bits_of_the_plain_form(level):
     code = (
         "from tests.kernels.cpu import test_softmax as test\n"

@@ -69,6 +69,7 @@ def test_the_reference_is_no_kernel(device):
 
 
 @in_the_ordinary_process
+@pytest.mark.slow
 def test_everything_under_the_interpreter():
     assert_passes_interpreted(__file__, at_least=21)
 

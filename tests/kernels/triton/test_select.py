@@ -49,6 +49,7 @@ def adversarial_pool(dtype):
 
 
 @in_the_ordinary_process
+@pytest.mark.slow
 def test_everything_under_the_interpreter():
     assert_passes_interpreted(__file__, at_least=20)
 

@@ -22,6 +22,7 @@ from tests.kernels.triton.harness import INTERPRETED, assert_passes_interpreted,
 
 
 @in_the_ordinary_process
+@pytest.mark.slow
 def test_everything_under_the_interpreter():
     assert_passes_interpreted(__file__, at_least=26)
 
