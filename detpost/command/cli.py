@@ -49,6 +49,7 @@ IO_HELP = "What its runner takes: detpost (default), rtdetr, efficientnms, deeps
 MASKS_HELP = "Give masks too: network in its own size (logits), image in pixels of the image (bool)."
 STYLE_HELP = "With --masks image, how they are read: rfdetr (logits, the default) or dfine_seg (probabilities)."
 KEYPOINTS_HELP = "Give keypoints too: pose for one skeleton a query, or how many each class has, as 0,17 (RF-DETR)."
+HEAD_HELP = "Give another head too, as NAME or NAME:FIELD=VALUE:...; may be repeated."
 ORIENTED_HELP = "Give oriented boxes too, of the network's (B, Q, 5)."
 FOR_HELP = f"Write a folder for a runner: {', '.join(target.name for target in TARGETS)}."
 TIES_HELP = "Equal scores: exact (by default) in every runtime, or left to onnx."
@@ -282,6 +283,7 @@ def export(
     mask_style: Annotated[str, typer.Option(help=STYLE_HELP)] = "rfdetr",
     keypoints: Annotated[str | None, typer.Option(help=KEYPOINTS_HELP)] = None,
     oriented: Annotated[bool, typer.Option(help=ORIENTED_HELP)] = False,
+    head: Annotated[list[str] | None, typer.Option(help=HEAD_HELP)] = None,
     preprocess_inside: Annotated[str | None, typer.Option(help=INSIDE_HELP)] = None,
     letterbox: Annotated[bool, typer.Option(help=LETTERBOX_HELP)] = False,
     antialias: Annotated[bool, typer.Option(help=ANTIALIAS_HELP)] = True,
@@ -323,7 +325,7 @@ def export(
         ties=ties,
         queries=queries or None,
         keep_raw=keep_raw or None,
-        **_heads(masks, mask_style, keypoints, oriented),
+        heads=_heads(masks, mask_style, keypoints, oriented, head),
         preprocess_inside=preprocess_inside,
         resize=_resize(preprocess_inside == "full" or ensemble, letterbox, antialias),
         opset=opset,
@@ -331,10 +333,10 @@ def export(
     )
     own = _given(name=name, backend=backend, max_batch=max_batch, ensemble=ensemble or None, split=split or None)
     if target is not None:
-        target.check(own, options)
+        target.check(own, _by_name(options))
     elif own:
         raise ValueError(f"{', '.join(own)} go with --for {'|'.join(each.name for each in TARGETS)}")
-    elif taken and (unknown := sorted(options.keys() & taken.takes_no)):
+    elif taken and (unknown := sorted(_by_name({name: options[name] for name in options.keys() & taken.takes_no}))):
         raise ValueError(f"a {taken.ending} file takes no {', '.join(unknown)}: leave it out, or write another format")
     if model != "post":
         look_up(model)
@@ -382,6 +384,7 @@ def attach(
     keypoint_source: Annotated[str | None, typer.Option(help="Name of the raw keypoints; found by itself.")] = None,
     oriented: Annotated[bool, typer.Option(help=ORIENTED_HELP)] = False,
     oriented_source: Annotated[str | None, typer.Option(help="Name of the raw oriented boxes.")] = None,
+    head: Annotated[list[str] | None, typer.Option(help=HEAD_HELP)] = None,
     top_k: Annotated[int | None, typer.Option(help="Most detections per image.")] = None,
     score_threshold: Annotated[float | None, typer.Option(help="Detections at or below it are not valid.")] = None,
     preprocess_inside: Annotated[str | None, typer.Option(help="full takes uint8 images of any size.")] = None,
@@ -417,9 +420,8 @@ def attach(
             ties=cast(Any, ties),
             queries=queries,
             keep_raw=keep_raw,
-            **_heads(
-                masks, mask_style, keypoints, oriented, mask=mask_source, points=keypoint_source, boxes=oriented_source
-            ),
+            heads=_heads(masks, mask_style, keypoints, oriented, head, mask_source, keypoint_source, oriented_source)
+            or (),
             preset=preset,
             image_size=_size(size),
             preprocessing=preprocessing,
@@ -515,25 +517,36 @@ def _heads(
     style: str,
     keypoints: str | None,
     oriented: bool,
+    others: list[str] | None,
     mask: str | None = None,
     points: str | None = None,
     boxes: str | None = None,
-) -> dict[str, Any]:
-    """Give what is asked for beside boxes, and nothing for what is not."""
-    if masks is None and keypoints is None and not oriented:
-        return {}
-    from detpost.export import KeypointHead, MaskHead, OrientedHead
+) -> tuple[Any, ...] | None:
+    """Give what is asked for beside boxes, ``None`` where nothing is."""
+    if masks is None and keypoints is None and not oriented and not others:
+        return None
+    from detpost.export.heads import KeypointHead, MaskHead, OrientedHead, head_named
 
-    found: dict[str, Any] = {}
+    found: list[Any] = []
     if masks is not None:
-        found |= {"masks": MaskHead(cast(Any, masks), cast(Any, style), mask)}
+        found.append(MaskHead(cast(Any, masks), cast(Any, style), mask))
     if keypoints is not None:
         counts = keypoints.split(",")
         if keypoints != "pose" and not all(count.isdigit() for count in counts):
             raise ValueError(f"--keypoints must be pose, or counts as 0,17; got {keypoints!r}")
         per_class = None if keypoints == "pose" else tuple(map(int, counts))
-        found |= {"keypoints": KeypointHead(per_class, source=points)}
-    return {**found, **({"oriented": OrientedHead(source=boxes)} if oriented else {})}
+        found.append(KeypointHead(per_class, source=points))
+    return (*found, *([OrientedHead(source=boxes)] if oriented else []), *map(head_named, others or ()))
+
+
+def _by_name(options: dict[str, Any]) -> dict[str, Any]:
+    """Give options by the names that they were asked for by: each head for itself."""
+    if "heads" not in options:
+        return options
+    from detpost.export.heads import argument_of
+
+    rest = {name: value for name, value in options.items() if name != "heads"}
+    return {**rest, **{argument_of(head): head for head in options["heads"]}}
 
 
 def _resize(inside: bool, letterbox: bool, antialias: bool) -> Any:

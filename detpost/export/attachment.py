@@ -21,10 +21,10 @@ from detpost.export.front_graph import (
 )
 from detpost.export.graph import import_onnx
 from detpost.export.heads import Head, KeypointHead, MaskHead, MaskSize, OrientedHead, heads_of, output_names, raw_name
-from detpost.export.heads_graph import HEADS_OPSET
 from detpost.export.layouts import Layout, layout_of
 from detpost.export.raw_heads import find_raw_heads
 from detpost.export.raw_values import find_raw_values
+from detpost.export.slots import HEADS_OPSET
 from detpost.export.source import first_line
 from detpost.export.surgery import cut_behind, free_name, rename_values, take_shape_from, true_inputs, value_names
 from detpost.export.weights import read_onnx
@@ -54,6 +54,7 @@ def attach(
     masks: MaskSize | MaskHead | None = None,
     keypoints: KeypointHead | None = None,
     oriented: OrientedHead | None = None,
+    heads: Sequence[Head] = (),
     preset: str | None = None,
     image_size: tuple[int, int] | None = None,
     preprocessing: Preprocessing | None = None,
@@ -83,6 +84,7 @@ def attach(
         masks: as in :func:`to_onnx`; their raw value is named in a :class:`MaskHead` where it is not found.
         keypoints: likewise.
         oriented: likewise.
+        heads: any of these and others of :mod:`detpost.export.heads`, after them.
         preset: the detector's family; ``None`` takes the first whose spec this is, or ``"rtdetr"``.
         image_size: (height, width) of the network input where the source leaves it free; ``None`` is 640 x 640.
         preprocessing: how images become the source's input, recorded for ``Detector.load`` and ``verify``; ``None``
@@ -127,7 +129,7 @@ def attach(
     preset = preset or name_of_preset(spec) or "rtdetr"
     properties = {entry.key: entry.value for entry in source.model.metadata_props}
     before = recorded_metadata(properties)
-    heads = heads_of(masks, keypoints, oriented)
+    asked = heads_of(masks, keypoints, oriented, heads)
     say("attaching the post-processing")
     attached = attach_graph(
         source.model,
@@ -138,7 +140,7 @@ def attach(
         ties=ties,
         queries=queries,
         keep_raw=keep_raw,
-        heads=heads,
+        heads=asked,
         resized_inside=resize_inside is not None,
         folder=source.folder,
         recorded=before.get("raw_values"),
@@ -151,7 +153,7 @@ def attach(
     elif feed and not feed["preprocess_inside"]:
         feed = _leave_to_runner(attached.model, layout, feed)
     own = {"exporter": "attach", "raw_values": attached.raw_values, "num_classes": attached.num_classes}
-    metadata = {**describe(spec, names, layout, ties, keep_raw, heads), **feed, **own}
+    metadata = {**describe(spec, names, layout, ties, keep_raw, asked), **feed, **own}
     say("checking and writing the file")
     notes = (*attached.notes, *images)
     return finish(

@@ -18,10 +18,10 @@ from detpost.boxes import BoxFormat
 from detpost.detections import INVALID
 from detpost.export.front_graph import Placement
 from detpost.export.graph import Graph, Value, import_onnx
-from detpost.export.heads import MaskHead, OrientedHead, output_names, raw_name
-from detpost.export.heads_graph import HEADS_OPSET, Place, RawHead, Slots, write_head
+from detpost.export.heads import output_names, outputs_of, raw_name, write_head
 from detpost.export.layouts import LEAST_LOGIT, NO_LOGIT, Layout, layout_of
 from detpost.export.selection_graph import Chosen, Rows, finite_keys, select, select_by_runner
+from detpost.export.slots import HEADS_OPSET, Place, RawHead, Slots
 from detpost.export.softmax_graph import shares
 from detpost.spec import DecodeSpec
 
@@ -76,7 +76,7 @@ def decode_graph(
     """
     layout = layout_of(io)
     if heads and opset < HEADS_OPSET:
-        raise ValueError(f"masks, keypoints and oriented boxes need opset {HEADS_OPSET} or later; got {opset}")
+        raise ValueError(f"heads beside boxes need opset {HEADS_OPSET} or later; got {opset}")
     if layout.sizes is None and not layout.normalised and input_size is None:
         raise ValueError(
             f"io {layout.name!r} gives boxes in pixels of the network's input, whose size is not known: say image_size"
@@ -493,23 +493,11 @@ def _described(decode: _Decode, name: str, held: str | tuple[str, ...], batch: s
 
 def _of_head(decode: _Decode, raw: RawHead, batch: str | int) -> list[onnx.ValueInfoProto]:
     """Give dtype and shape of a head's outputs."""
-    from onnx import TensorProto, helper
+    from onnx import helper
 
-    head, slots = raw.head, [batch, decode.kept]
-    if isinstance(head, MaskHead):
-        at_image = head.size == "image"
-        sides = ["image_height", "image_width"] if at_image else raw.shape[1:]
-        dtype = TensorProto.BOOL if at_image else TensorProto.FLOAT
-        return [helper.make_tensor_value_info("masks", dtype, [*slots, *sides])]
-    if isinstance(head, OrientedHead):
-        return [helper.make_tensor_value_info("oriented_boxes", TensorProto.FLOAT, [*slots, 5])]
-    if head.per_class is not None:
-        shapes = [[*slots, max(head.per_class), 3], slots]
-    else:
-        shapes = [[*slots, int(raw.shape[1]) // (2 if len(raw.shape) == 2 else 1), 3]]
     return [
-        helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
-        for name, shape in zip(output_names(head), shapes, strict=True)
+        helper.make_tensor_value_info(name, output.dtype, [batch, decode.kept, *output.shape])
+        for name, output in outputs_of(raw).items()
     ]
 
 

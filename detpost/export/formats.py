@@ -27,7 +27,8 @@ class Format:
         opener: ``"module:function"`` that takes a path and a device and gives a
             :class:`detpost.export.opened.OpenedFile`.
         extra: of detpost that has what it needs; empty where torch is enough.
-        takes_no: options of :func:`detpost.export.to_onnx` that the writer does not take.
+        takes_no: options of :func:`detpost.export.to_onnx` that the writer does not take; ``heads`` stands for those of
+            each kind, too.
         beside: names of files that may belong with one of this format, of its ``{name}`` or ``{stem}``.
     """
 
@@ -72,7 +73,7 @@ FORMATS = (
         "detpost.export.opened:open_pt2",
         takes_no=frozenset(
             {"dynamic_batch", "dynamic_size", "io", "ties", "queries", "keep_raw", "preprocess_inside", "resize"}
-            | {"opset", "exporter", "masks", "keypoints", "oriented"}
+            | {"opset", "exporter", "heads"}
         ),
     ),
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -29,13 +29,15 @@ from detpost.export.heads import (
     MaskHead,
     MaskSize,
     OrientedHead,
+    bare_heads,
+    free_sides,
     heads_of,
     raw_name,
     value_of_head,
 )
-from detpost.export.heads_graph import HEADS_OPSET, bare_heads
 from detpost.export.layouts import Layout, layout_of
 from detpost.export.runtime import onnx_session
+from detpost.export.slots import HEADS_OPSET
 from detpost.export.source import ExportSource, evaluating, first_line
 from detpost.export.torch_exporters import export_dynamo, export_torchscript
 from detpost.export.written import WrittenFile
@@ -74,6 +76,7 @@ def to_onnx(
     masks: MaskSize | MaskHead | None = None,
     keypoints: KeypointHead | None = None,
     oriented: OrientedHead | None = None,
+    heads: Sequence[Head] = (),
     preprocessing: Preprocessing | None = None,
     preprocess_inside: bool | Literal["scale", "full"] = False,
     resize: Resize | None = None,
@@ -114,6 +117,7 @@ def to_onnx(
             must return a mapping with ``pred_masks`` (B, Q, h, w); a post-processor alone has it as an input.
         keypoints: likewise with ``pred_keypoints``, see :class:`KeypointHead`; of a whole detector alone.
         oriented: likewise with ``pred_oriented_boxes`` (B, Q, 5), see :class:`OrientedHead`.
+        heads: any of these and others of :mod:`detpost.export.heads`, after them.
         preprocessing: for a plain module, how images become its input; recorded in the file.
         preprocess_inside: ``"scale"`` or ``True`` takes ``images`` as uint8 0..255, resized but neither scaled nor
             normalised; ``"full"`` takes them as they are, uint8 (B, 3, H, W) of any size, all of a batch of the same:
@@ -145,9 +149,9 @@ def to_onnx(
     _check_choices(ties, exporter, opset, preprocess_inside)
     if full and (dynamic_size or isinstance(model, DetectionPostProcessor)):
         raise ValueError("preprocess_inside='full' is for a whole detector with an input of one size")
-    heads = heads_of(masks, keypoints, oriented)
-    if heads and opset is not None and opset < HEADS_OPSET:
-        raise ValueError(f"masks, keypoints and oriented boxes need opset {HEADS_OPSET} or later; got {opset}")
+    asked = heads_of(masks, keypoints, oriented, heads)
+    if asked and opset is not None and opset < HEADS_OPSET:
+        raise ValueError(f"heads beside boxes need opset {HEADS_OPSET} or later; got {opset}")
     say = progress or (lambda _: None)
     if isinstance(model, DetectionPostProcessor):
         if num_queries is None or num_classes is None:
@@ -165,16 +169,16 @@ def to_onnx(
             queries=queries,
             input_size=image_size,
             dynamic_batch=dynamic_batch,
-            heads=bare_heads(heads, num_queries),
+            heads=bare_heads(asked, num_queries),
         )
         shape = {"num_classes": num_classes, "input_size": None if image_size is None else list(image_size)}
-        metadata = {**describe(spec or model.spec, class_names, layout, ties, False, heads), **shape}
+        metadata = {**describe(spec or model.spec, class_names, layout, ties, False, asked), **shape}
         return finish(graph, Path(path), metadata, layout=layout, exporter="none")
     source = ExportSource.of(model, spec, image_size, preprocessing, class_names)
     with evaluating(source.model):
         version = max(opset or RESIZE_OPSET, RESIZE_OPSET) if full else opset
         scaled = bool(preprocess_inside) and not full
-        raw = _export_network(source, version, exporter, dynamic_batch, dynamic_size, scaled, heads, say)
+        raw = _export_network(source, version, exporter, dynamic_batch, dynamic_size, scaled, asked, say)
     say("attaching the post-processing")
     attached = attach_graph(
         raw.model,
@@ -185,7 +189,7 @@ def to_onnx(
         ties=ties,
         queries=queries,
         keep_raw=keep_raw,
-        heads=tuple(replace(head, source=raw_name(head)) for head in heads),
+        heads=tuple(replace(head, source=raw_name(head)) for head in asked),
         resized_inside=full,
     )
     preprocessing, resize = source.preprocessing, resize or Resize()
@@ -195,7 +199,7 @@ def to_onnx(
         preprocessing = done_by_runner(layout, preprocessing)
         put_affine_in_front(attached.model, "images", source.preprocessing, preprocessing)
     metadata = {
-        **describe(source.spec, source.class_names, layout, ties, keep_raw, heads),
+        **describe(source.spec, source.class_names, layout, ties, keep_raw, asked),
         "exporter": raw.exporter,
         "num_classes": attached.num_classes,
         "raw_values": attached.raw_values,
@@ -265,8 +269,8 @@ def _export_network(
     dynamic = {"images": {**free, **({2: "height", 3: "width"} if dynamic_size else {})}}
     outputs = ("pred_logits", "pred_boxes", *map(raw_name, heads))
     dynamic |= {name: dict(free) for name in outputs}
-    if dynamic_size and "pred_masks" in outputs:
-        dynamic |= {"pred_masks": {**free, 2: "mask_height", 3: "mask_width"}}
+    if dynamic_size:
+        dynamic |= {raw_name(head): {**free, **free_sides(head)} for head in heads}
     failures: list[str] = []
     for name in _in_order(exporter, opset):
         say(f"exporting the network ({name} exporter)")

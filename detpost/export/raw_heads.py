@@ -7,18 +7,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from detpost.export.graph import import_onnx
-from detpost.export.heads import Head, KeypointHead, MaskHead, output_names, raw_name
-from detpost.export.heads_graph import RawHead
+from detpost.export.heads import Head, Shape, output_names, row_of
 from detpost.export.raw_values import RawValues
 from detpost.export.runtime import onnx_values
+from detpost.export.slots import RawHead
 from detpost.export.surgery import value_names
 
 if TYPE_CHECKING:
     import onnx
 
 __all__ = ["find_raw_heads"]
-
-Shape = tuple[int | str, ...]
 
 
 def find_raw_heads(
@@ -42,7 +40,7 @@ def find_raw_heads(
 
 
 def _find(model: onnx.ModelProto, head: Head, raw: RawValues, folder: Path | None) -> tuple[str, RawHead]:
-    what, queries = output_names(head)[0], raw.num_queries
+    row, what, queries = row_of(head), output_names(head)[0], raw.num_queries
     if head.source is not None and head.source not in value_names(model.graph):
         raise ValueError(f"no value {head.source!r} for {what}: {_listing(model)}")
     outputs = [value.name for value in model.graph.output]
@@ -55,29 +53,13 @@ def _find(model: onnx.ModelProto, head: Head, raw: RawValues, folder: Path | Non
     if head.source is not None:
         return head.source, RawHead(head, *kinds[head.source])
     named = {name: kind for name, kind in kinds.items() if name not in (raw.logits, raw.boxes)}
-    fitting = [name for name, (shape, _) in named.items() if shape and shape[0] == queries and _fits(head, shape)]
-    told = [name for name in fitting if any(word in name.lower() for word in _WORDS[raw_name(head)])]
+    fitting = [name for name, (shape, _) in named.items() if shape and shape[0] == queries and row.fits(shape)]
+    told = [name for name in fitting if any(word in name.lower() for word in row.words)]
     fitting = told if len(told) == 1 else fitting
     if len(fitting) != 1:
         problem = "several outputs could be" if fitting else f"no output of {queries} queries has a shape for"
         raise ValueError(f"{problem} the {what}: name their source; {_listing(model)}")
     return fitting[0], RawHead(head, *named[fitting[0]])
-
-
-_WORDS = {
-    "pred_masks": ("mask", "seg"),
-    "pred_keypoints": ("keypoint", "kpt", "pose", "joint"),
-    "pred_oriented_boxes": ("orient", "rbox", "rotat", "obb"),
-}
-
-
-def _fits(head: Head, shape: Shape) -> bool:
-    """Tell by the rank what a value (Q, ...) can be."""
-    if isinstance(head, MaskHead):
-        return len(shape) == 3
-    if isinstance(head, KeypointHead):
-        return len(shape) in (2, 3)
-    return len(shape) == 2 and shape[1] == 5
 
 
 def _kinds(model: onnx.ModelProto, names: list[str], folder: Path | None) -> dict[str, tuple[Shape, int]]:

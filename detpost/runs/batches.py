@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from detpost.export.heads import name_in_results
 from detpost.images import PreparedImage
 
 if TYPE_CHECKING:
@@ -15,8 +16,6 @@ if TYPE_CHECKING:
 
 __all__ = ["beside_of", "detect_batch", "failure_text", "names_beside"]
 
-# What results call what a detector gives of each detection beside its box, where that is not its own name.
-_IN_RESULTS = {"masks": "segmentation", "oriented_boxes": "oriented_box"}
 # What a row holds of each detection whatever the detector; its other lists are beside the boxes.
 _OF_BOXES = frozenset({"scores", "labels", "boxes", "names"})
 
@@ -58,7 +57,7 @@ def failure_text(error: Exception, size: tuple[int, int]) -> str:
 
 def beside_of(row: Mapping[str, Any]) -> dict[str, Any]:
     """Give what a row of the journal holds of each detection beside its box, by its name in results."""
-    return {_IN_RESULTS.get(name, name): row[name] for name in names_beside(row)}
+    return {name_in_results(name): row[name] for name in names_beside(row)}
 
 
 def names_beside(row: Mapping[str, Any]) -> list[str]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from detpost.detections import Detections
 from detpost.export.formats import ENDINGS
-from detpost.export.heads import RAW_NAMES, Head, recorded_heads
+from detpost.export.heads import Head, raw_names, recorded_heads
 from detpost.export.layouts import recorded_layout
 from detpost.heads.found import Found as Whole
 from detpost.images import Preprocessing, Untouched
@@ -158,7 +158,7 @@ def raw_of_heads(inputs: Mapping[str, InputKind], batch: int) -> dict[str, Tenso
     generator = torch.Generator().manual_seed(1)
     found: dict[str, Tensor] = {}
     for name, (shape, dtype) in inputs.items():
-        if name in RAW_NAMES.values():
+        if name in raw_names():
             sizes = [
                 batch,
                 *(free if size is None else size for size, free in zip(shape[1:], (0, 12, 10), strict=False)),

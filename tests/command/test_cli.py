@@ -11,6 +11,9 @@ from typer.testing import CliRunner
 import detpost
 from detpost.command.cli import app, main
 from detpost.command.doctor import examine
+from detpost.export import MaskHead, OrientedHead
+from detpost.export.heads import recorded_heads
+from detpost.export.opened import open_file
 from detpost.zoo import sample_images
 from tests.export import exporters
 from tests.export.foreign import foreign, written
@@ -61,6 +64,17 @@ def test_export_and_verify_agree_and_a_wrong_reference_does_not(tmp_path):
     same = invoke("verify", post, post, "--json", tmp_path / "report.json")
     assert same.exit_code == 0, same.output
     assert json.loads((tmp_path / "report.json").read_text())["ok"] is True
+
+
+def test_heads_by_their_options_and_by_their_names(tmp_path):
+    bare = ("export", "post", "--num-queries", 20, "--num-classes", 3)
+    words = ("--masks", "image", "--head", "oriented_boxes:angle_scale=2.5")
+    exported = invoke(*bare, "-o", tmp_path / "post.onnx", *words)
+    assert exported.exit_code == 0, exported.output
+    assert recorded_heads(open_file(tmp_path / "post.onnx").metadata) == (MaskHead("image"), OrientedHead(2.5))
+    refused = invoke(*bare, "-o", tmp_path / "post.pt2", *words, "--opset", 17)
+    assert "a .pt2 file takes no masks, opset, oriented" in str(refused.exception)
+    assert "takes no masks, oriented" in str(invoke(*bare, "-o", tmp_path, "--for", "litert", *words).exception)
 
 
 def test_a_strangers_file_is_attached_to_verified_and_detected_with(tmp_path):

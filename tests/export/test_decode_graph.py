@@ -21,8 +21,8 @@ from detpost.export.attachment import attach_graph
 from detpost.export.decode_graph import decode_graph
 from detpost.export.front_graph import PLACEMENT
 from detpost.export.heads import KeypointHead, MaskHead, OrientedHead
-from detpost.export.heads_graph import RawHead
 from detpost.export.layouts import LAYOUTS
+from detpost.export.slots import RawHead
 from detpost.reference import softmax
 from detpost.reference.selection import best_class, select_top_k
 

@@ -1,6 +1,6 @@
 """Masks, keypoints and oriented boxes in the file, held to the heads in PyTorch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx
@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 from detpost import DecodeSpec, DetectionPostProcessor, Detector
-from detpost.export import KeypointHead, MaskHead, OrientedHead, Resize, attach, to_onnx, verify
+from detpost.export import KeypointHead, MaskHead, OrientedHead, Resize, attach, heads, to_onnx, verify
 from detpost.export.decode_graph import decode_graph
-from detpost.export.heads import recorded_heads
-from detpost.export.heads_graph import RawHead
 from detpost.export.operators import missing
+from detpost.export.slots import RawHead, rows
 from detpost.heads import DETRPoseKeypoints, OrientedBoxes, RFDETRKeypoints, masks_per_image
+from detpost.runs.batches import beside_of
 from tests.detectors import SEGMENTATION_FAMILIES, SIDE, detector
 from tests.export.detectors import SmallDetector
 
@@ -323,20 +323,109 @@ def test_a_bare_decode_with_oriented_boxes_is_verified(tmp_path, io):
 
 
 @dataclass(frozen=True)
-class Depth:
-    """A head that nobody knows."""
+class DepthHead:
+    """The distance of each detection, of the network's (B, Q, 1)."""
 
+    factor: float = 1.0
     source: str | None = None
+
+
+def write_depth(g, raw, value, slots):
+    found = rows(g, value, slots.queries, slots.valid, 3)
+    return {"depth": g.node("Mul", g.reshape(found, [0, slots.kept]), raw.head.factor)}
+
+
+def depth_in_pytorch(head, found, value, image_sizes):
+    gathered = value[torch.arange(len(value))[:, None], found.queries.clamp(min=0), 0]
+    return {"depth": torch.where(found.valid, gathered * head.factor, 0.0)}
+
+
+DEPTH = heads.HeadRow(
+    DepthHead,
+    argument="depth",
+    columns={"depth": ("score",)},
+    outputs=lambda head, shape: {"depth": heads.Output(())},
+    raw_name="pred_depth",
+    other_names=(),
+    words=("depth",),
+    fits=lambda shape: len(shape) == 2 and shape[1] == 1,
+    writer="tests.export.test_heads:write_depth",
+    bare=(1,),
+    in_pytorch=depth_in_pytorch,
+    in_results={"depth": "distance"},
+)
+
+
+class WithDepth(nn.Module):
+    """Another value of each query beside the rest."""
+
+    def __init__(self):
+        super().__init__()
+        self.model = Everything()
+
+    def forward(self, images):
+        found = self.model(images)
+        return {**found, "pred_depth": found["logits"][..., :1].sigmoid()}
 
 
 def test_an_unknown_head_is_refused(tmp_path):
     post, options = DetectionPostProcessor(DecodeSpec()), {"num_queries": Q, "num_classes": C}
-    with pytest.raises(ValueError, match="unknown head Depth: take one of masks, keypoints, oriented_boxes"):
-        to_onnx(post, tmp_path / "post.onnx", oriented=Depth(), **options)
+    with pytest.raises(ValueError, match="unknown head DepthHead: take one of masks, keypoints, oriented_boxes"):
+        to_onnx(post, tmp_path / "post.onnx", heads=[DepthHead()], **options)
     with pytest.raises(ValueError, match="keypoints are exported with their network"):
-        to_onnx(post, tmp_path / "post.onnx", keypoints=KeypointHead(), **options)
+        to_onnx(post, tmp_path / "post.onnx", heads=[KeypointHead()], **options)
+    with pytest.raises(ValueError, match="masks can be given once"):
+        to_onnx(post, tmp_path / "post.onnx", masks="image", heads=[MaskHead()], **options)
     with pytest.raises(ValueError, match="unknown head 'depth' in the file: known are masks"):
-        recorded_heads({"heads": {"depth": {"source": None}}})
+        heads.recorded_heads({"heads": {"depth": {"source": None}}})
+
+
+def test_a_head_by_its_words():
+    assert heads.head_named("masks:size=image:style=dfine_seg") == MaskHead("image", "dfine_seg")
+    assert heads.head_named("keypoints:per_class=0,17:source=a/b:0") == KeypointHead((0, 17), source="a/b:0")
+    with pytest.raises(ValueError, match="unknown head 'depth': known are masks, keypoints, oriented_boxes"):
+        heads.head_named("depth")
+    with pytest.raises(ValueError, match="masks has no field 'scale': it has size, style, source"):
+        heads.head_named("masks:scale=2")
+
+
+def test_a_head_is_a_row_of_the_table(tmp_path, monkeypatch):
+    monkeypatch.setattr(heads, "HEADS", (*heads.HEADS, DEPTH))
+    spec = DecodeSpec.preset("rfdetr", top_k=30, score_threshold=0.5)
+    # A bare decode, which verify holds to PyTorch.
+    bare = {"num_queries": Q, "num_classes": C}
+    post = to_onnx(DetectionPostProcessor(spec), tmp_path / "post.onnx", heads=[DepthHead(3.0)], **bare)
+    assert post.inputs == ("pred_logits", "pred_boxes", "pred_depth", "image_sizes")
+    assert verify(post.path, DetectionPostProcessor(spec)).ok
+    wrong = replace(DEPTH, in_pytorch=lambda *given: {"depth": depth_in_pytorch(*given)["depth"] * 1.5})
+    monkeypatch.setattr(heads, "HEADS", (*heads.HEADS[:-1], wrong))
+    assert not verify(post.path, DetectionPostProcessor(spec)).ok
+    # A whole detector, opened again, and one whose values are off.
+    whole = to_onnx(WithDepth(), tmp_path / "whole.onnx", spec, masks="network", heads=[DepthHead()], **QUICK)
+    assert whole.outputs[4:] == ("masks", "depth")
+    other = to_onnx(WithDepth(), tmp_path / "other.onnx", spec, masks="network", heads=[DepthHead(1.5)], **QUICK)
+    assert verify(whole.path, whole.path).ok
+    assert {check.name.split(": ")[1] for check in verify(whole.path, other.path).checks if not check.ok} == {"depth"}
+    found = Detector.load(whole.path).predict(torch.rand(3, 40, 50))[0]
+    assert found["depth"].shape == found["scores"].shape
+    assert len(found["depth"])
+    assert beside_of({"scores": [1.0], "depth": [2.0]}) == {"distance": [2.0]}
+    # Attached to a file of someone else's, found by its name or its shape.
+    network = to_onnx(WithDepth(), tmp_path / "raw.onnx", spec, heads=[DepthHead()], keep_raw=True, **QUICK)
+    again = {"logits": "pred_logits", "boxes": "pred_boxes"}
+    attached = attach(network.path, tmp_path / "out.onnx", spec, heads=[DepthHead()], **again)
+    assert attached.outputs[-1] == "depth"
+    assert heads.head_named("depth:factor=2.5") == DepthHead(2.5)
+
+
+def test_the_rows_are_of_one_head_each_and_whole():
+    names = [name for row in heads.HEADS for name in row.columns]
+    raws = [row.raw_name for row in heads.HEADS]
+    arguments = [row.argument for row in heads.HEADS]
+    assert all(len({*each}) == len(each) for each in (names, raws, arguments))
+    for row in heads.HEADS:
+        assert all(row.columns.values()) or row.name == "masks", f"{row.name} has no units to compare in"
+        assert row.bare is None or row.in_pytorch or row.name == "masks", f"{row.name}: nothing to hold it to"
 
 
 def test_places_come_in_pixels_of_the_image_whatever_the_layout(tmp_path):

@@ -8,7 +8,7 @@ import torch
 
 from detpost import DecodeSpec, DetectionPostProcessor, Detector
 from detpost.export import package, to_onnx, to_openvino
-from detpost.export.heads import columns_of
+from detpost.export.heads import HEADS, columns_of
 from detpost.verify import verify
 from detpost.verify.compare import raw_cases
 from scripts.same_answer import PlainTopK
@@ -134,14 +134,14 @@ def with_more(what, values, change=0.0, column=0):
 
 # In the unit of each kind of number: below what two runtimes may differ by, and above it; images are up to 640 wide.
 CHANGES = {"x": (0.01, 5.0), "y": (0.01, 5.0), "score": (1e-4, 0.01), "angle": (1e-4, 0.01)}
-SHAPES = {"keypoints": (4, 3), "keypoint_scores": (), "oriented_boxes": (5,)}
+NUMBERS = [(what, place) for row in HEADS for what, columns in row.columns.items() for place in range(len(columns))]
 
 
-@pytest.mark.parametrize(
-    ("what", "column"), [(what, column) for what in SHAPES for column in range(len(columns_of(what)))]
-)
+@pytest.mark.parametrize(("what", "column"), NUMBERS)
 def test_each_number_beside_the_boxes_is_compared_in_its_own_unit(what, column):
-    values = torch.rand(300, *SHAPES[what], generator=torch.Generator().manual_seed(0))
+    count = len(columns_of(what))
+    shape = (300, 4, count) if count > 1 else (300,)
+    values = torch.rand(shape, generator=torch.Generator().manual_seed(0))
     within, beyond = CHANGES[columns_of(what)[column]]
     for change, ok in ((within, True), (beyond, False)):
         report = verify(with_more(what, values, change, column), with_more(what, values))
