@@ -8,7 +8,8 @@ KERNELS := $(wildcard detpost/kernels/cpu/*.cpp detpost/kernels/cpu/*.h)
 OLDEST := .venv-oldest
 RAY := .venv-ray
 
-.PHONY: install demo test test-slow test-processors test-lowest test-oldest test-oldest-fast test-ray test-edge lint docs bench clean
+.PHONY: install demo test test-slow test-processors test-lowest test-oldest test-oldest-fast test-ray test-edge \
+	web web-test lint docs bench clean
 
 install: $(STAMP)
 
@@ -90,13 +91,28 @@ $(RAY)/.installed: $(STAMP)
 test-ray: $(RAY)/.installed
 	OMP_NUM_THREADS=1 $(RAY)/bin/python -m pytest tests/runs/test_ray.py tests/runs/test_parquet.py
 
+# The page of the shipped detector, on this machine until Ctrl-C; npm fetches ONNX Runtime Web once.
+web: $(STAMP)
+	$(BIN)/detpost export tiny -o web_out/tiny.onnx
+	$(BIN)/detpost web web_out/tiny.onnx -o web_out/page $(addprefix --example ,$(wildcard detpost/zoo/samples/*.png)) --serve
+
+web/node_modules/.installed: web/package.json
+	cd web && npm install --silent
+	touch $@
+
+# The npm package in Node.js, the page in headless Chromium; both have to be there.
+web-test: $(STAMP) web/node_modules/.installed
+	$(BIN)/python scripts/browser.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile tests/web
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Into site/, without network; open site/index.html.
+# Into site/; without network or npm, the front page has a picture in place of the page that runs `tiny`. Open site/index.html.
 docs: $(STAMP)
+	$(BIN)/python scripts/docs_page.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # As a module, so that the baselines of tests/reference can be imported from here.
@@ -104,5 +120,6 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(RAY) .venv-edge build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo_out bench_out site
+	rm -rf $(VENV) $(OLDEST) $(RAY) .venv-edge build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo_out bench_out site \
+	  web_out web/dist web/node_modules
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

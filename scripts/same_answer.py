@@ -8,7 +8,10 @@ validity) that differ from eager PyTorch on the CPU.
 """
 
 import argparse
+import base64
+import contextlib
 import json
+import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -19,10 +22,15 @@ from rich.console import Console
 from rich.table import Table
 
 from detpost import DetectionPostProcessor, Detections
+from detpost.detections import INVALID
 from detpost.export import CudaGraph, compile, open_openvino, open_package, package, to_onnx, to_openvino
 from detpost.export.runtime import onnx_session
 from detpost.reference.decode import Steps, decode
 from detpost.verify.compare import raw_cases
+from detpost.web import write_site
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from scripts.browser import RUNTIME, SOFTWARE_GPU, browsing, missing, serving
 
 Run = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Detections]
 
@@ -40,7 +48,58 @@ class PlainTopK(DetectionPostProcessor):
 QUERIES, CLASSES = 300, 20
 
 
-def runtimes(post: DetectionPostProcessor, folder: Path, ties: str, cuda: bool) -> Iterator[tuple[str, Run]]:
+# The page's own package, in a page of its own; what is decoded goes there and back as text.
+_LOAD = """async (file, backend) => {
+  const { load } = await import("./src/index.js");
+  const ort = await import(`./ort/ort.${backend}.min.mjs`);
+  ort.env.wasm.wasmPaths = new URL("ort/", location.href).href;
+  const adapter = backend === "webgpu" && (await navigator.gpu?.requestAdapter());
+  if (backend === "webgpu" && !adapter) return null;
+  globalThis.detector = await load(file, { backend, runtime: async () => ort });
+  return adapter ? adapter.info.architecture || adapter.info.vendor : "";
+}"""
+_DECODE = """async (logits, boxes, sizes) => {
+  const tensor = ([dims, text]) => {
+    const bytes = Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
+    return { type: "float32", dims, data: new Float32Array(bytes.buffer) };
+  };
+  const images = await detector.decode(tensor(logits), tensor(boxes), sizes);
+  return images.map((found) => found.map(({ score, label, box, query }) => [score, label, query, ...box]));
+}"""
+
+
+@contextlib.contextmanager
+def in_browser(file: Path, backend: str, kept: int) -> Iterator[tuple[str, Run] | None]:
+    """Open a file in the page that `detpost web` writes, in headless Chromium.
+
+    Args:
+        file: a post-processor alone, with queries.
+        backend: ``"wasm"`` or ``"webgpu"``.
+        kept: slots that the file gives.
+
+    Yields:
+        The name of the graphics processor, empty without, and what decodes; ``None`` where the browser has none.
+    """
+    site = write_site(file, file.parent / f"site-{backend}", runtime=RUNTIME).folder
+    with serving(site) as address, browsing(SOFTWARE_GPU if backend == "webgpu" else ()) as browser:
+        browser.open(f"{address}disk.js")  # a page of this address on which nothing else runs
+        adapter = browser.run(_LOAD.replace("./", address), file.name, backend)
+
+        def run(logits: torch.Tensor, boxes: torch.Tensor, sizes: torch.Tensor) -> Detections:
+            sent = ([[*each.shape], base64.b64encode(each.numpy().tobytes()).decode()] for each in (logits, boxes))
+            found = browser.run(_DECODE, *sent, sizes.tolist())
+            empty = [INVALID.score, INVALID.label, INVALID.query, *[INVALID.box] * 4]
+            rows = torch.tensor([[*image, *[empty] * (kept - len(image))] for image in found], dtype=torch.float64)
+            valid = torch.tensor([[slot < len(image) for slot in range(kept)] for image in found])
+            labels, queries = (rows[..., column].to(torch.int64) for column in (1, 2))
+            return Detections(rows[..., 0].float(), labels, rows[..., 3:].float(), queries, valid)
+
+        yield None if adapter is None else (adapter, run)
+
+
+def runtimes(
+    post: DetectionPostProcessor, folder: Path, ties: str, cuda: bool, browser: bool = False
+) -> Iterator[tuple[str, Run]]:
     """Give each runtime that this machine has: a name, and raw outputs to detections on the CPU."""
     example = (torch.zeros(2, QUERIES, CLASSES), torch.zeros(2, QUERIES, 4), torch.ones(2, 2, dtype=torch.int64))
     yield "eager CPU", post
@@ -62,6 +121,13 @@ def runtimes(post: DetectionPostProcessor, folder: Path, ties: str, cuda: bool) 
     to_openvino(made.path, folder / "post.xml")
     model = open_openvino(folder / "post.xml")
     yield "OpenVINO", lambda *raw: _detections({k: torch.from_numpy(v) for k, v in model.run(_feed(raw)).items()})
+    if browser:
+        spec = post.spec
+        kept = min(spec.top_k, QUERIES * CLASSES if spec.selection == "flat" else QUERIES)
+        for backend, name in (("wasm", "Chromium, WebAssembly"), ("webgpu", "Chromium, WebGPU")):
+            with in_browser(made.path, backend, kept) as found:
+                if found is not None:
+                    yield f"{name} ({found[0]})" if found[0] else name, found[1]
     if cuda:
         on_gpu = _on_cuda(post)
         yield "eager CUDA", on_gpu
@@ -85,7 +151,8 @@ def measure(preset: str) -> dict[str, dict[str, float]]:
     for ties, kind in (("exact", DetectionPostProcessor), ("onnx", PlainTopK)):
         exact = DetectionPostProcessor.from_preset(preset)
         with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-            for name, run in runtimes(kind(exact.spec), Path(folder), ties, torch.cuda.is_available()):
+            there = {"cuda": torch.cuda.is_available(), "browser": missing() is None}
+            for name, run in runtimes(kind(exact.spec), Path(folder), ties, **there):
                 wrong, total = differing(run, exact)
                 rows.setdefault(name, {})[ties] = 1 - wrong / total
     return rows

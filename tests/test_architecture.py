@@ -20,7 +20,7 @@ FLOORS = (
     ("export",),
     ("detector",),
     ("verify",),
-    ("runs",),
+    ("runs", "web"),
     ("purity",),
     ("command",),
 )

@@ -431,6 +431,27 @@ def attach(
     show.print_written(written)
 
 
+@app.command(short_help="Write a page that runs a detector in the browser.")
+def web(
+    model: Annotated[Path, typer.Argument(help="An .onnx file that detpost wrote.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the site.")] = Path("site"),
+    runtime: Annotated[
+        Path | None, typer.Option(help="Folder with the npm package onnxruntime-web; fetched by npm once by default.")
+    ] = None,
+    examples: Annotated[list[Path] | None, typer.Option("--example", help="An image that the page offers.")] = None,
+    serve: Annotated[bool, typer.Option("--serve", help="Open it on this machine afterwards, until Ctrl-C.")] = False,
+) -> None:
+    """Write a static page that runs a detector in the browser: no image leaves it, nothing is loaded from elsewhere."""
+    from detpost.web import serve as serve_site
+    from detpost.web import write_site
+
+    with show.steps() as say:
+        written = write_site(model, out, runtime=runtime, examples=examples or (), progress=say)
+    show.print_site(written)
+    if serve:
+        serve_site(written.folder, show.print_line, browser=show.console.is_terminal)
+
+
 @app.command(short_help="Compare two artifacts; exit status 1 on any difference.")
 def verify(
     artifact: Annotated[str, typer.Argument(help="What to verify: a file of detpost's, a detector, or a preset.")],

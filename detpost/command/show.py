@@ -185,6 +185,18 @@ def print_candidates(candidates: Sequence[Any]) -> None:
         console.print("  ".join(filter(None, parts)), highlight=False, markup=False, soft_wrap=True)
 
 
+def print_line(line: str) -> None:
+    """Print a line as it is."""
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def print_site(written: Any) -> None:
+    """Print where a page is, and what should be known of it."""
+    for note in written.notes:
+        print_line(f"- {note}")
+    print_line(f"{written.folder / 'index.html'}: {written.size / 2**20:.0f} MiB in all, for any web server")
+
+
 def print_written(written: Any) -> None:
     """Print what a file takes and gives, and what was written beside it."""
     for note in written.notes:
