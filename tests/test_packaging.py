@@ -86,6 +86,7 @@ def test_without_a_compiler_there_is_a_wheel_all_the_same(tmp_path):
     wheel, _ = build_wheel(tmp_path, CC="false", CXX="false")
     with zipfile.ZipFile(wheel) as opened:
         assert "detpost/__init__.py" in opened.namelist()
+        assert {"detpost/web/static/index.html", "detpost/web/static/src/index.js"} <= {*opened.namelist()}
         assert not [name for name in opened.namelist() if "/_native" in name or "/_tensors" in name]
 
 

@@ -166,7 +166,7 @@ def test_a_users_error_is_one_line_and_status_2(arguments, pattern, monkeypatch,
     assert not list(tmp_path.glob("*.onnx"))
 
 
-@pytest.mark.parametrize("arguments", [[], ["detect"], ["evaluate"], ["export"], ["check"]], ids=str)
+@pytest.mark.parametrize("arguments", [[], ["detect"], ["evaluate"], ["export"], ["check"], ["web"]], ids=str)
 def test_help_and_version_import_nothing_that_is_slow(arguments):
     program = (
         "import atexit, sys\n"

@@ -13,6 +13,6 @@ export {
   type Size,
 } from "./detector.js";
 export { decodeImage, MOST_PIXELS, type ImageSource, type PixelData } from "./images.js";
-export { firstLine, load, type LoadOptions } from "./load.js";
+export { firstLine, load, type LoadOptions, type Source } from "./load.js";
 export type { BoxFormat, DecodeSpec, Feed, Layout, Metadata, Preprocessing } from "./metadata.js";
 export type { TensorLike } from "./tensors.js";

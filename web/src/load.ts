@@ -6,6 +6,9 @@ import { Detector, type Backend, type Runtime } from "./detector.js";
 import { readMetadata } from "./metadata.js";
 import { readOnnx, type OnnxFile } from "./onnx.js";
 
+/** The address of a file, or the file itself. */
+export type Source = string | URL | Blob | ArrayBuffer | Uint8Array;
+
 export interface LoadOptions {
   /** What runs it; by default WebGPU where there is a graphics processor for it, else WebAssembly. */
   readonly backend?: Backend;
@@ -21,16 +24,19 @@ export interface LoadOptions {
  * @returns the detector.
  * @throws Error a file that cannot be fetched, that detpost did not write, or that ONNX Runtime does not take.
  */
-export async function load(source: string | URL | Blob | ArrayBuffer | Uint8Array, options: LoadOptions = {}): Promise<Detector> {
+export async function load(source: Source, options: LoadOptions = {}): Promise<Detector> {
   const address = typeof source === "string" || source instanceof URL ? String(source) : null;
   const bytes = await bytesOf(source);
   const file = readOnnx(bytes);
   const metadata = readMetadata(file);
   const weights = await weightsOf(file, address);
   const runtime = options.runtime ?? runtimeOf;
+  // A runtime in a worker takes the bytes away from who gave them: the caller's own, or those for another try, are copied.
+  const lent = source instanceof Uint8Array || source instanceof ArrayBuffer;
   const open = async (backend: Backend, notes: string[]): Promise<Detector> => {
     const made = await runtime(backend);
-    const session = await made.InferenceSession.create(bytes, {
+    const given = lent || backend === "webgpu" ? bytes.slice() : bytes;
+    const session = await made.InferenceSession.create(given, {
       executionProviders: [backend],
       externalData: weights,
       logSeverityLevel: 3,
@@ -49,7 +55,7 @@ export async function load(source: string | URL | Blob | ArrayBuffer | Uint8Arra
   }
 }
 
-async function bytesOf(source: string | URL | Blob | ArrayBuffer | Uint8Array): Promise<Uint8Array> {
+async function bytesOf(source: Source): Promise<Uint8Array> {
   if (source instanceof Uint8Array) return source;
   if (source instanceof ArrayBuffer) return new Uint8Array(source);
   if (typeof source === "string" || source instanceof URL) return fetched(String(source));

@@ -158,6 +158,9 @@ export async function cases(api, base, runtime) {
         same(detector.inputSize, { height: 128, width: 128 }, "size");
         same([detector.takesImages, detector.backend, detector.metadata.spec.top_k], [true, "wasm", 30], "kind");
         await detector.release();
+        const own = await bytes("tiny.onnx");
+        await (await load(own)).release();
+        same(own.length > 0, true, "the caller's bytes are still there");
         const post = await opened(known.decodes[0].file);
         same([post.takesImages, post.inputSize], [false, null], "a post-processor");
         await refused(/takes no images \(its inputs are pred_logits, pred_boxes, image_sizes\)/, async () =>

@@ -8,9 +8,11 @@ export async function load(source, options = {}) {
     const metadata = readMetadata(file);
     const weights = await weightsOf(file, address);
     const runtime = options.runtime ?? runtimeOf;
+    const lent = source instanceof Uint8Array || source instanceof ArrayBuffer;
     const open = async (backend, notes) => {
         const made = await runtime(backend);
-        const session = await made.InferenceSession.create(bytes, {
+        const given = lent || backend === "webgpu" ? bytes.slice() : bytes;
+        const session = await made.InferenceSession.create(given, {
             executionProviders: [backend],
             externalData: weights,
             logSeverityLevel: 3,
