@@ -40,6 +40,7 @@ def test_the_page_in_the_package_is_what_its_source_builds(tmp_path):
     assert filecmp.cmpfiles(tmp_path, PAGE, map(str, built), shallow=False)[0] == [str(path) for path in built]
 
 
+@pytest.mark.slow
 @needs_node
 @needs_byte_resize
 def test_the_package_keeps_its_promises_in_node(package_files):
@@ -56,6 +57,7 @@ def test_the_package_keeps_its_promises_in_node(package_files):
     assert int(re.search(r"pass (\d+)", done.stdout).group(1)) > 20, done.stdout[-1000:]
 
 
+@pytest.mark.slow
 @needs_byte_resize
 def test_the_package_keeps_its_promises_in_a_browser(package_files, browser):
     browser.open(package_files)

@@ -20,6 +20,8 @@ from detpost.web import write_site
 from detpost.zoo import sample_images
 from scripts.browser import RUNTIME, serving
 
+pytestmark = pytest.mark.slow
+
 DONE = "!document.querySelector('#status').dataset.busy"
 ABOUT = "() => [crossOriginIsolated, document.querySelector('#about').textContent.split(' · ').at(-1)]"
 FOUND = f"{DONE} && document.querySelector('#list li')"

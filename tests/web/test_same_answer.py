@@ -21,6 +21,7 @@ def test_the_browser_chooses_the_same(needs_browser, tmp_path, preset, backend):
         assert total > 5000
 
 
+@pytest.mark.slow
 def test_the_count_sees_another_order(needs_browser, tmp_path):
     post = DetectionPostProcessor.from_preset("rtdetr")
     made = to_onnx(post, tmp_path / "post.onnx", num_queries=QUERIES, num_classes=CLASSES, queries=True)
