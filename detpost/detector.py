@@ -95,9 +95,8 @@ class Detector:
         Args:
             source: ``"tiny"`` (the digit detector that ships with detpost); a transformers directory or hub id; a
                 detector of another library, ``"kornia:rtdetr_r18vd"``, ``"ultralytics:rtdetr-l"`` or ``"rfdetr:nano"``,
-                with ``@FILE`` behind it for weights of one's own and ``@random`` for none; or an ``.onnx``, ``.xml``
-                (OpenVINO) or ``.pt2`` file that detpost wrote. Load only ``.pt2`` files that you trust: they hold
-                machine code.
+                with ``@FILE`` behind it for weights of one's own and ``@random`` for none; or a file that detpost
+                wrote, of any format. Load only ``.pt2`` files that you trust: they hold machine code.
             backend: what runs a network: ``"eager"``; ``"compile"`` (``torch.compile``); ``"cudagraph"``; ``"onnx"``
                 and ``"openvino"``, which export it to a temporary file and run that on the CPU, with one fixed input
                 size. A file's format decides for itself.

@@ -23,8 +23,8 @@ from rich.table import Table
 
 from detpost import DetectionPostProcessor, Detections
 from detpost.detections import INVALID
-from detpost.export import CudaGraph, compile, open_openvino, open_package, package, to_onnx, to_openvino
-from detpost.export.runtime import onnx_session
+from detpost.export import CudaGraph, compile
+from detpost.export.formats import FORMATS, Format
 from detpost.reference.decode import Steps, decode
 from detpost.verify.compare import raw_cases
 from detpost.web import write_site
@@ -105,27 +105,13 @@ def runtimes(
     yield "eager CPU", post
     yield "torch.compile (Inductor)", compile(post)
     yield "torch.export", torch.export.export(post, example, dynamic_shapes=_free_batch()).module()
-    package(post, example, folder / "post.pt2")
-    opened = open_package(folder / "post.pt2")
-    yield "AOTInductor", lambda *raw: _detections(opened.run(*raw))
-    made = to_onnx(
-        DetectionPostProcessor(post.spec),
-        folder / "post.onnx",
-        num_queries=QUERIES,
-        num_classes=CLASSES,
-        queries=True,
-        ties=ties,
-    )
-    session = onnx_session(made.path)
-    yield "ONNX Runtime", lambda *raw: _detections(_tensors(session, raw))
-    to_openvino(made.path, folder / "post.xml")
-    model = open_openvino(folder / "post.xml")
-    yield "OpenVINO", lambda *raw: _detections({k: torch.from_numpy(v) for k, v in model.run(_feed(raw)).items()})
+    for entry in FORMATS:
+        yield entry.runtime, _of_file(entry, post, folder / f"post{entry.ending}", ties)
     if browser:
         spec = post.spec
         kept = min(spec.top_k, QUERIES * CLASSES if spec.selection == "flat" else QUERIES)
         for backend, name in (("wasm", "Chromium, WebAssembly"), ("webgpu", "Chromium, WebGPU")):
-            with in_browser(made.path, backend, kept) as found:
+            with in_browser(folder / "post.onnx", backend, kept) as found:
                 if found is not None:
                     yield f"{name} ({found[0]})" if found[0] else name, found[1]
     if cuda:
@@ -163,17 +149,19 @@ def _free_batch() -> tuple[dict[int, object], ...]:
     return ({0: batch}, {0: batch}, {0: batch})
 
 
-def _feed(raw: tuple[torch.Tensor, ...]) -> dict[str, object]:
-    return {name: value.numpy() for name, value in zip(("pred_logits", "pred_boxes", "image_sizes"), raw, strict=True)}
+def _of_file(entry: Format, post: DetectionPostProcessor, path: Path, ties: str) -> Run:
+    """Write a file of a format and open it."""
+    options = {name: value for name, value in {"queries": True, "ties": ties}.items() if name not in entry.takes_no}
+    # What has a choice of ties is written by it; what has none is the module itself, traced.
+    model = DetectionPostProcessor(post.spec) if "ties" in options else post
+    entry.write()(model=model, path=path, num_queries=QUERIES, num_classes=CLASSES, **options)
+    opened = entry.open()(path, None)
 
+    def run(*raw: torch.Tensor) -> Detections:
+        values = opened.run(dict(zip(("pred_logits", "pred_boxes", "image_sizes"), raw, strict=True)))
+        return Detections(*(values[name] for name in Detections._fields))
 
-def _tensors(session: object, raw: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:
-    names = [output.name for output in session.get_outputs()]
-    return dict(zip(names, map(torch.from_numpy, session.run(names, _feed(raw))), strict=True))
-
-
-def _detections(values: dict[str, torch.Tensor]) -> Detections:
-    return Detections(*(values[name] for name in Detections._fields))
+    return run
 
 
 def _on_cuda(run: Callable[..., Detections]) -> Run:

@@ -13,7 +13,7 @@ from typer.core import TyperCommand
 
 import detpost
 from detpost.command import show
-from detpost.export.formats import format_of
+from detpost.export.formats import ENDINGS, FORMATS, format_of
 from detpost.export.targets import TARGETS, folder_name, target_of
 from detpost.integrations.model_names import check_file, look_up
 from detpost.spec import DecodeSpec, presets
@@ -39,8 +39,9 @@ app = typer.Typer(
     context_settings={"max_content_width": 120},
 )
 
+_FORMATS_IN_WORDS = " or ".join(f"{entry.runtime} ({entry.ending})" for entry in FORMATS)
 PRESET_HELP = f"How the outputs are decoded: {', '.join(presets())}."
-MODEL_HELP = "tiny, a transformers directory or hub id, kornia:MODEL, or an .onnx, .xml or .pt2 file of detpost's."
+MODEL_HELP = f"tiny, a transformers directory or hub id, kornia:MODEL, or a file of detpost's ({', '.join(ENDINGS)})."
 SOURCE_HELP = "tiny, a transformers directory or hub id, kornia:MODEL, or post for a bare decode."
 BACKEND_HELP = "What runs a network: eager, compile, onnx, openvino or cudagraph."
 FORMAT_HELP = "coco, jsonl, csv or parquet; may be repeated."
@@ -58,6 +59,10 @@ LETTERBOX_HELP = "With full: pad images with grey to keep their proportions."
 ANTIALIAS_HELP = "With full: whether the trained pipeline's resize was antialiased."
 PICKLE_HELP = "Open weights that are pickles (.pth, .pt), which may run code; only where you trust them."
 TRUST_HELP = "Run Python code that comes with the model's weights; only where you trust it."
+EXPORT_HELP = f"""Export a detector with its post-processing, or a bare decode, to a file for {_FORMATS_IN_WORDS}.
+
+Options that a format has no use for are refused. With --for, OUT is a folder, and what its runner needs is written into
+it."""
 
 
 def _version(asked: bool) -> None:
@@ -269,7 +274,9 @@ def doctor() -> None:
     show.print_parts(examine())
 
 
-@app.command(cls=_ExportCommand, short_help="Export a detector with its post-processing, or a bare decode.")
+@app.command(
+    cls=_ExportCommand, short_help="Export a detector with its post-processing, or a bare decode.", help=EXPORT_HELP
+)
 def export(
     model: Annotated[str, typer.Argument(help=SOURCE_HELP)],
     out: Annotated[Path, typer.Option("--out", "-o", help="File to write, or folder with --for.")],
@@ -308,11 +315,7 @@ def export(
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help=TRUST_HELP)] = False,
     allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help=PICKLE_HELP)] = False,
 ) -> None:
-    """Export a detector with its post-processing, or a bare decode: .onnx, .xml (OpenVINO) or .pt2 (AOTInductor).
-
-    A .pt2 file takes the preset, the size and what belongs to the decode alone; its batch is free. With --for, OUT is a
-    folder, and what its runner needs is written into it.
-    """
+    """Export a detector with its post-processing, or a bare decode."""
     target = None if runner is None else target_of(runner)
     taken = format_of(out) if target is None else None
     options = _given(
@@ -351,8 +354,6 @@ def export(
     else:
         trust = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
         source, spec, known = _detector(model, preset, overrides, trust)
-    if taken and taken.name == "package":
-        known = {**known, "example": None}
     with show.steps() as say:
         if target is not None:
             named = {"name": folder_name(model)} if "name" in target.takes else {}

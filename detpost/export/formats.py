@@ -12,7 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-__all__ = ["ENDINGS", "FORMATS", "Format", "format_of"]
+__all__ = ["ENDINGS", "FORMATS", "Format", "format_of", "has_ending"]
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,8 @@ class Format:
 
     Args:
         name: of the format.
-        ending: of its files.
+        ending: of its files, of one part or more; where two fit a name, the longer one counts.
+        runtime: what runs them, in words.
         writer: ``"module:function"`` that takes a model, a path, a spec and options, and gives a
             :class:`detpost.export.WrittenFile`.
         opener: ``"module:function"`` that takes a path and a device and gives a
@@ -34,6 +35,7 @@ class Format:
 
     name: str
     ending: str
+    runtime: str
     writer: str
     opener: str
     extra: str = ""
@@ -50,17 +52,27 @@ class Format:
 
     def files_beside(self, path: Path) -> list[Path]:
         """List the files that belong with one of this format, of those that are there."""
-        named = [path.with_name(each.format(name=path.name, stem=path.stem)) for each in self.beside]
+        stem = path.name.removesuffix(self.ending)
+        named = [path.with_name(each.format(name=path.name, stem=stem)) for each in self.beside]
         return [file for file in named if file.is_file()]
 
 
 _WEIGHTS = ("{name}.data", "{name}_data")  # as ONNX exporters call external weights
 
 FORMATS = (
-    Format("onnx", ".onnx", "detpost.export.onnx:to_onnx", "detpost.export.opened:open_onnx", "onnx", beside=_WEIGHTS),
+    Format(
+        "onnx",
+        ".onnx",
+        "ONNX Runtime",
+        "detpost.export.onnx:to_onnx",
+        "detpost.export.opened:open_onnx",
+        "onnx",
+        beside=_WEIGHTS,
+    ),
     Format(
         "openvino",
         ".xml",
+        "OpenVINO",
         "detpost.export.openvino:to_openvino",
         "detpost.export.opened:open_ir",
         "openvino",
@@ -69,7 +81,8 @@ FORMATS = (
     Format(
         "package",
         ".pt2",
-        "detpost.export.packaged:package",
+        "AOTInductor",
+        "detpost.export.packaged:write_package",
         "detpost.export.opened:open_pt2",
         takes_no=frozenset(
             {"dynamic_batch", "dynamic_size", "io", "ties", "queries", "keep_raw", "preprocess_inside", "resize"}
@@ -97,10 +110,27 @@ def format_of(path: str | Path) -> Format:
         >>> format_of("detector.xml").name
         'openvino'
     """
-    found = next((entry for entry in FORMATS if entry.ending == Path(path).suffix), None)
-    if found is None:
-        raise ValueError(f"a file must end in {', '.join(ENDINGS)}, which says its format; got {Path(path).name!r}")
-    return found
+    name = Path(path).name
+    fitting = [entry for entry in FORMATS if len(name) > len(entry.ending) and name.endswith(entry.ending)]
+    if not fitting:
+        raise ValueError(f"a file must end in {', '.join(ENDINGS)}, which says its format; got {name!r}")
+    return max(fitting, key=lambda entry: len(entry.ending))
+
+
+def has_ending(path: str | Path) -> bool:
+    """Tell whether a path ends as a format's files do.
+
+    Args:
+        path: the file, there or not.
+
+    Returns:
+        Whether :func:`format_of` knows it.
+    """
+    try:
+        format_of(path)
+    except ValueError:
+        return False
+    return True
 
 
 def _imported(place: str) -> Callable[..., Any]:

@@ -123,6 +123,21 @@ def package(
     return WrittenFile(path, "package", names, _OUTPUTS, kind=kind, device=device)
 
 
+def write_package(model: Any, path: str | Path, spec: DecodeSpec | None = None, **options: Any) -> WrittenFile:
+    """Write as :func:`package` does without an example, called as the writers of all formats are.
+
+    Args:
+        model: as :func:`package` takes it.
+        path: where to write, ending in ``.pt2``.
+        spec: how the outputs are decoded; ``None`` takes the family's preset.
+        options: the other keyword arguments of :func:`package`.
+
+    Returns:
+        What was written.
+    """
+    return package(model, None, path, spec, **options)
+
+
 class _PostInputs(nn.Module):
     """A post-processor that gives a plain dict: a process without detpost has no Detections."""
 

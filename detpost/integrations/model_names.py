@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from detpost.export.formats import ENDINGS
+from detpost.export.formats import ENDINGS, has_ending
 from detpost.integrations.packages import PACKAGES, package_model
 
 __all__ = ["ModelName", "check_file", "look_up", "spelled_alike"]
@@ -58,7 +58,7 @@ def look_up(source: str | Path) -> ModelName:
         if package.weights is not None:
             check_file(package.weights)
         return ModelName("package", name, package.weights)
-    if path.suffix in ENDINGS and not path.is_dir():
+    if has_ending(path) and not path.is_dir():
         check_file(path)
         return ModelName("file", name, path)
     if path.is_dir():
@@ -108,4 +108,4 @@ def _detectors_in(folder: Path) -> Iterator[str]:
         entries = sorted(folder.iterdir())
     except (OSError, ValueError):
         return
-    yield from (str(entry) for entry in entries if entry.suffix in ENDINGS or (entry / "config.json").is_file())
+    yield from (str(entry) for entry in entries if has_ending(entry) or (entry / "config.json").is_file())

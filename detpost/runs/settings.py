@@ -46,7 +46,8 @@ def settings_of(model: str | Path, backend: str, threshold: float, trust_remote_
     return {
         "model": found.name,
         "model_identity": identity,
-        "backend": Path(model).suffix[1:] if found.kind == "file" else backend,  # a file's format decides for itself
+        # A file's format decides for itself.
+        "backend": format_of(model).ending[1:] if found.kind == "file" else backend,
         "threshold": threshold,
     }
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from detpost.detections import Detections
-from detpost.export.formats import ENDINGS
+from detpost.export.formats import has_ending
 from detpost.export.heads import Head, raw_names, recorded_heads
 from detpost.export.layouts import recorded_layout
 from detpost.heads.found import Found as Whole
@@ -82,7 +82,7 @@ def open_artifact(source: Any, allow_pickle: bool = False) -> Artifact:
         return Artifact(
             f"preset {source}", "post-processor", decode=_no_grad(DetectionPostProcessor.from_preset(source))
         )
-    if isinstance(source, (str, Path)) and Path(source).suffix in ENDINGS:
+    if isinstance(source, (str, Path)) and has_ending(source):
         return _open_file(Path(source))
     return _open_detector(source, allow_pickle)
 

@@ -140,8 +140,8 @@ def verify(
     """Compare an artifact with a reference.
 
     Args:
-        artifact: an ``.onnx``, ``.pt2`` or ``.xml`` file of detpost's, a :class:`DetectionPostProcessor`, or a detector
-            that :meth:`detpost.Detector.load` takes.
+        artifact: a file that detpost wrote, of any format, a :class:`DetectionPostProcessor`, or a detector that
+            :meth:`detpost.Detector.load` takes.
         reference: likewise; both must be post-processors or both detectors. A preset's name stands for its
             post-processor.
         images: for detectors, images to compare on beside the generated ones, as ``Detector.predict`` takes them.
