@@ -119,7 +119,7 @@ class DecodeSpec:
         unknown = [key for key in overrides if key not in known]
         if unknown:
             raise TypeError(f"unknown field {unknown[0]!r}: DecodeSpec has {', '.join(known)}")
-        return cls(**{**_PRESETS[name], **overrides})
+        return cls(**{**_PRESETS[name].decode, **overrides})
 
     @classmethod
     def from_config(cls, config: Any, **overrides: Any) -> DecodeSpec:
@@ -141,11 +141,11 @@ class DecodeSpec:
             >>> DecodeSpec.from_config({"model_type": "rt_detr_v2", "num_queries": 50}).top_k
             50
         """
-        family = _read(config, "model_type")
-        if family not in _FAMILIES:
-            raise ValueError(f"no preset for model_type {family!r}: known are {', '.join(_FAMILIES)}")
-        name = _FAMILIES[family]
-        queries = None if name in _FIXED_TOP_K else _query_count(config)
+        family, families = _read(config, "model_type"), _families()
+        if family not in families:
+            raise ValueError(f"no preset for model_type {family!r}: known are {', '.join(families)}")
+        name = families[family]
+        queries = None if _PRESETS[name].fixed_top_k else _query_count(config)
         return cls.preset(name, **{**({"top_k": queries} if queries else {}), **overrides})
 
 
@@ -164,14 +164,24 @@ def presets() -> tuple[str, ...]:
 
 def has_preset(model_type: str) -> bool:
     """Tell whether a preset covers a transformers ``model_type``."""
-    return model_type in _FAMILIES
+    return model_type in _families()
 
 
-def name_of_preset(spec: DecodeSpec) -> str | None:
-    """Give the first preset that differs from ``spec`` in ``top_k`` and threshold at the most, or ``None``."""
+def presets_like(spec: DecodeSpec) -> tuple[str, ...]:
+    """Give the presets that differ from ``spec`` in ``top_k`` and threshold at the most: several decode alike."""
     neutral = {"top_k": 300, "score_threshold": None}
     plain = replace(spec, **neutral)  # type: ignore[arg-type]
-    return next((name for name, fields_ in _PRESETS.items() if DecodeSpec(**{**fields_, **neutral}) == plain), None)
+    return tuple(name for name, row in _PRESETS.items() if DecodeSpec(**{**row.decode, **neutral}) == plain)
+
+
+def normalisation_of(preset: str) -> tuple[Channels, Channels]:
+    """Give mean and deviation of each channel that a preset's detectors were trained on, of pixels of 0..1."""
+    return _PRESETS[preset].normalisation
+
+
+def _families() -> dict[str, str]:
+    """Give the preset of each ``model_type`` of transformers."""
+    return {model_type: name for name, row in _PRESETS.items() for model_type in row.model_types}
 
 
 def _read(config: Any, name: str) -> Any:
@@ -186,46 +196,49 @@ def _query_count(config: Any) -> int | None:
     return _read(config, "num_queries") or _read(config, "num_detection_tokens") or patches
 
 
+Channels = tuple[float, float, float]
+
+_PLAIN: tuple[Channels, Channels] = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+_IMAGENET: tuple[Channels, Channels] = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+_CLIP: tuple[Channels, Channels] = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+
+
+@dataclass(frozen=True)
+class _Preset:
+    """What is known of a family of detectors.
+
+    Args:
+        decode: the fields of :class:`DecodeSpec` that differ from the defaults.
+        normalisation: mean and deviation of each channel that its detectors were trained on after scaling to 0..1, by
+            their own repositories.
+        model_types: transformers' names of it.
+        fixed_top_k: whether as many detections are kept however many queries there are.
+    """
+
+    decode: Mapping[str, Any]
+    normalisation: tuple[Channels, Channels]
+    model_types: tuple[str, ...] = ()
+    fixed_top_k: bool = False
+
+
 _SOFTMAX: dict[str, Any] = {"activation": "softmax", "background": "last", "selection": "per_query"}
 
-_PRESETS: dict[str, dict[str, Any]] = {
-    "rtdetr": {},  # also RT-DETRv2, RT-DETRv3, D-FINE, DEIM, DEIMv2
-    "rfdetr": {"clip": True},
-    "lwdetr": {},
-    "deformable_detr": {"top_k": 100},
-    "conditional_detr": {"top_k": 100},
-    "dab_detr": {"top_k": 100},
-    "detr": _SOFTMAX,
-    "yolos": _SOFTMAX,
-    "table_transformer": _SOFTMAX,
+_PRESETS: dict[str, _Preset] = {
+    # Also RT-DETRv3, DEIM. Of PP-DocLayout the boxes; the reading order is the library's.
+    "rtdetr": _Preset({}, _PLAIN, ("rt_detr", "rt_detr_v2", "d_fine", "deimv2", "pp_doclayout_v2", "pp_doclayout_v3")),
+    "rfdetr": _Preset({"clip": True}, _IMAGENET, ("rf_detr",)),
+    "lwdetr": _Preset({}, _IMAGENET, ("lw_detr",)),
+    "deformable_detr": _Preset({"top_k": 100}, _IMAGENET, ("deformable_detr",), fixed_top_k=True),
+    "conditional_detr": _Preset({"top_k": 100}, _IMAGENET, ("conditional_detr",), fixed_top_k=True),
+    "dab_detr": _Preset({"top_k": 100}, _IMAGENET, ("dab-detr",), fixed_top_k=True),
+    "detr": _Preset(_SOFTMAX, _IMAGENET, ("detr",)),
+    "yolos": _Preset(_SOFTMAX, _IMAGENET, ("yolos",)),
+    "table_transformer": _Preset(_SOFTMAX, _IMAGENET, ("table-transformer",)),
     # Text-conditioned: a class is a phrase or a token of the prompt, and each query is kept for its best one. They keep
     # all their queries; these are the most that a published checkpoint has.
-    "owlvit": {"selection": "per_query", "top_k": 3600},
-    "owlv2": {"selection": "per_query", "top_k": 5184},
-    "grounding_dino": {"selection": "per_query", "top_k": 900},
-}
-
-# These keep 100 detections however many queries they have.
-_FIXED_TOP_K = ("deformable_detr", "conditional_detr", "dab_detr")
-
-# transformers' model_type of each family, and its preset.
-_FAMILIES: dict[str, str] = {
-    "rt_detr": "rtdetr",
-    "rt_detr_v2": "rtdetr",
-    "d_fine": "rtdetr",
-    "deimv2": "rtdetr",
-    "pp_doclayout_v2": "rtdetr",  # the boxes; the reading order is the library's
-    "pp_doclayout_v3": "rtdetr",
-    "rf_detr": "rfdetr",
-    "lw_detr": "lwdetr",
-    "deformable_detr": "deformable_detr",
-    "conditional_detr": "conditional_detr",
-    "dab-detr": "dab_detr",
-    "detr": "detr",
-    "yolos": "yolos",
-    "table-transformer": "table_transformer",
-    "owlvit": "owlvit",
-    "owlv2": "owlv2",
-    "grounding-dino": "grounding_dino",
-    "mm-grounding-dino": "grounding_dino",
+    "owlvit": _Preset({"selection": "per_query", "top_k": 3600}, _CLIP, ("owlvit",)),
+    "owlv2": _Preset({"selection": "per_query", "top_k": 5184}, _CLIP, ("owlv2",)),
+    "grounding_dino": _Preset(
+        {"selection": "per_query", "top_k": 900}, _IMAGENET, ("grounding-dino", "mm-grounding-dino")
+    ),
 }

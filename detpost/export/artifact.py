@@ -14,7 +14,7 @@ from detpost.export.layouts import Layout
 from detpost.export.source import first_line
 from detpost.export.surgery import true_inputs
 from detpost.export.written import WrittenFile
-from detpost.spec import DecodeSpec, name_of_preset
+from detpost.spec import DecodeSpec, presets_like
 
 if TYPE_CHECKING:
     import onnx
@@ -31,11 +31,15 @@ def describe(
     ties: str,
     keep_raw: bool,
     heads: tuple[Head, ...] = (),
+    preset: str | None = None,
 ) -> dict[str, Any]:
-    """Give the metadata that lets a file be used without knowing where it came from."""
+    """Give the metadata that lets a file be used without knowing where it came from.
+
+    Where no ``preset`` is given, the first that decodes like ``spec`` stands for all that do.
+    """
     return {
         "spec": vars(spec),
-        "preset": name_of_preset(spec),
+        "preset": preset or next(iter(presets_like(spec)), None),
         "class_names": {str(label): name for label, name in (class_names or {}).items()},
         "io": layout.name,
         "layout": layout.to_dict(),

@@ -30,7 +30,7 @@ from detpost.export.surgery import cut_behind, free_name, rename_values, take_sh
 from detpost.export.weights import read_onnx
 from detpost.export.written import WrittenFile
 from detpost.images import Preprocessing
-from detpost.spec import DecodeSpec, name_of_preset
+from detpost.spec import DecodeSpec, presets_like
 
 if TYPE_CHECKING:
     import onnx
@@ -85,7 +85,8 @@ def attach(
         keypoints: likewise.
         oriented: likewise.
         heads: any of these and others of :mod:`detpost.export.heads`, after them.
-        preset: the detector's family; ``None`` takes the first whose spec this is, or ``"rtdetr"``.
+        preset: the detector's family; ``None`` takes the first that decodes like ``spec``, and says which others do, or
+            ``"rtdetr"``.
         image_size: (height, width) of the network input where the source leaves it free; ``None`` is 640 x 640.
         preprocessing: how images become the source's input, recorded for ``Detector.load`` and ``verify``; ``None``
             takes what the source or a ``preprocessor_config.json`` beside it says, else assumes what the preset's
@@ -125,8 +126,9 @@ def attach(
     layout = layout_of(io) if resize_inside is None else without_sizes(layout_of(io))
     say("reading the source")
     source = read_onnx(Path(src))
+    preset = preset or ("rtdetr" if spec is None else None)
     spec = spec or DecodeSpec.preset(preset or "rtdetr")
-    preset = preset or name_of_preset(spec) or "rtdetr"
+    families = (preset,) if preset else presets_like(spec) or ("rtdetr",)
     properties = {entry.key: entry.value for entry in source.model.metadata_props}
     before = recorded_metadata(properties)
     asked = heads_of(masks, keypoints, oriented, heads)
@@ -147,13 +149,13 @@ def attach(
     )
     names = class_names or before.get("class_names") or class_names_of(Path(src), properties)
     said = (preprocessing, "the caller") if preprocessing else stated_preprocessing(Path(src), before)
-    feed, images = record_feed(true_inputs(attached.model.graph), attached.sizes, said, preset, image_size)
+    feed, images = record_feed(true_inputs(attached.model.graph), attached.sizes, said, families, image_size)
     if resize_inside is not None:
         feed = _resized_inside(attached.model, feed, resize_inside, images)
     elif feed and not feed["preprocess_inside"]:
         feed = _leave_to_runner(attached.model, layout, feed)
     own = {"exporter": "attach", "raw_values": attached.raw_values, "num_classes": attached.num_classes}
-    metadata = {**describe(spec, names, layout, ties, keep_raw, asked), **feed, **own}
+    metadata = {**describe(spec, names, layout, ties, keep_raw, asked, preset), **feed, **own}
     say("checking and writing the file")
     notes = (*attached.notes, *images)
     return finish(

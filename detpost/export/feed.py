@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ from torch import Tensor
 from detpost.export.beside import preprocessing_beside
 from detpost.export.layouts import recorded_layout
 from detpost.images import Preprocessing
+from detpost.spec import normalisation_of
 
 if TYPE_CHECKING:
     import onnx
@@ -30,25 +31,7 @@ __all__ = [
 # Shape, None where a dimension is free, and dtype of an input.
 InputKind = tuple[tuple[int | None, ...], torch.dtype]
 
-_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-_CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 _PLAIN = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
-
-# What a preset's detectors were trained on after scaling to 0..1, by their own repositories.
-_NORMALISATION = {
-    "rtdetr": _PLAIN,
-    "rfdetr": _IMAGENET,
-    "lwdetr": _IMAGENET,
-    "deformable_detr": _IMAGENET,
-    "conditional_detr": _IMAGENET,
-    "dab_detr": _IMAGENET,
-    "detr": _IMAGENET,
-    "yolos": _IMAGENET,
-    "table_transformer": _IMAGENET,
-    "owlvit": _CLIP,
-    "owlv2": _CLIP,
-    "grounding_dino": _IMAGENET,
-}
 _USUAL_SIDE = 640
 # A mask of the pixels that are no padding: images are resized to the whole input, so there is none.
 _MASK_WORD = "mask"
@@ -135,7 +118,7 @@ def record_feed(
     inputs: list[onnx.ValueInfoProto],
     sizes: str | None,
     said: tuple[Preprocessing, str] | None,
-    preset: str,
+    presets: Sequence[str],
     image_size: tuple[int, int] | None = None,
 ) -> tuple[dict[str, Any], list[str]]:
     """Give the metadata that says how images become a graph's inputs, and what the caller should know of it.
@@ -144,7 +127,7 @@ def record_feed(
         inputs: the graph's.
         sizes: name of the image sizes among them; ``None`` where there are none.
         said: the preprocessing and who says so; ``None`` assumes what the preset's detectors were trained on.
-        preset: the detector's family.
+        presets: the detector's family, or all that it may be of, of which the first is assumed.
         image_size: (height, width) where the graph leaves it free.
 
     Returns:
@@ -156,7 +139,7 @@ def record_feed(
     if image is None or unknown:
         reason = f"what its input {unknown[0]!r} wants is not known" if image else "no input is images (B, 3, H, W)"
         return {}, [f"`detpost detect` and `verify` cannot feed this file: {reason}"]
-    mean, std = _NORMALISATION[preset]
+    mean, std = normalisation_of(presets[0])
     found, who = said or (Preprocessing(_USUAL_SIDE, _USUAL_SIDE, mean=mean, std=std), None)
     height, width = image_size or (found.height, found.width)
     preprocessing = replace(found, height=image.height or height, width=image.width or width)
@@ -169,9 +152,10 @@ def record_feed(
     }
     how = f"{preprocessing.height}x{preprocessing.width}, {_in_words(preprocessing, image.is_uint8)}"
     if who is None:
-        return record, [
-            f"images are assumed to be {how}, as for {preset}: say so where the detector was trained otherwise"
-        ]
+        others = [name for name in presets if normalisation_of(name) != (mean, std)]
+        way_out = f"{', '.join(others)} decode alike and were trained otherwise: name the preset, or " if others else ""
+        way_out = f"{way_out}say so where the detector was trained otherwise"
+        return record, [f"images are assumed to be {how}, as for {presets[0]}: {way_out}"]
     return record, [f"images are {how}, as {who} says"]
 
 

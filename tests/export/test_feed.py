@@ -9,11 +9,11 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
-from detpost import Detector
+from detpost import DecodeSpec, Detector
 from detpost.export import attach, to_openvino
-from detpost.export.feed import _NORMALISATION
+from detpost.export.opened import open_file
 from detpost.images import Preprocessing
-from detpost.spec import presets
+from detpost.spec import normalisation_of, presets
 from detpost.verify import verify
 from detpost.zoo import sample_images
 from tests.export.foreign import SIDE, foreign, written
@@ -205,8 +205,24 @@ def test_a_file_of_the_first_version_that_says_nothing_of_images_is_refused_in_o
             use(result.path)
 
 
-def test_every_preset_says_how_its_detectors_were_trained():
-    assert set(_NORMALISATION) == set(presets())
+def test_every_preset_says_how_its_detectors_were_trained(tmp_path):
+    source = written(tmp_path, foreign())
+    for preset in presets():
+        result = attach(source, tmp_path / "out.onnx", DecodeSpec(), preset=preset)
+        (said,) = [note for note in result.notes if "assumed" in note]
+        assert f"as for {preset}: say so" in said
+        assert open_file(result.path).metadata["preset"] == preset
+        mean, std = preprocessing_of(result.path).mean, preprocessing_of(result.path).std
+        assert (mean, std) == normalisation_of(preset)
+        assert ("not normalised" in said) == (mean == (0, 0, 0))
+
+
+def test_presets_that_decode_alike_and_were_trained_otherwise_are_named(tmp_path):
+    source = written(tmp_path, foreign())
+    notes = attach(source, tmp_path / "out.onnx", DecodeSpec.preset("deformable_detr")).notes
+    assert any("as for rtdetr: lwdetr, deformable_detr, conditional_detr, dab_detr decode alike" in n for n in notes)
+    assert not any("decode alike" in note for note in attach(source, tmp_path / "out.onnx").notes)
+    assert not any("decode alike" in n for n in attach(source, tmp_path / "out.onnx", DecodeSpec(clip=True)).notes)
 
 
 def test_what_detpost_recorded_in_a_source_is_kept(tmp_path):

@@ -10,7 +10,7 @@ from torch import nn
 
 from detpost import DecodeSpec, DetectionPostProcessor
 from detpost.export import attach
-from detpost.spec import name_of_preset
+from detpost.spec import presets_like
 from tests.detectors import FAMILIES, SIDE, detector
 from tests.export.foreign import run
 
@@ -108,7 +108,7 @@ class Deployed(nn.Module):
 def test_export_onnx_of_rtdetr_and_dfine(tmp_path, family):
     torch.manual_seed(0)
     network = detector(family)
-    side, preset = SIDE, name_of_preset(DecodeSpec.from_config(network.config))
+    side, preset = SIDE, presets_like(DecodeSpec.from_config(network.config))[0]
     keep = 15
     module = Deployed(network.eval(), keep, focal=DecodeSpec.preset(preset).activation == "sigmoid").eval()
     example = (torch.rand(2, 3, side, side), torch.tensor([[side, side]] * 2))

@@ -45,6 +45,36 @@ def test_the_last_form_is_the_definition_and_takes_everything():
         assert {form.kernel for form in others} <= {*dispatch.KERNELS, "graph", "transform"}
 
 
+def never_asked(forms):
+    """Name the forms that an earlier one of the same kernel leaves nothing to: that takes all that they take."""
+    return [
+        f"form {place} ({form.kernel})"
+        for place, form in enumerate(forms)
+        if any(
+            earlier.kernel == form.kernel
+            and earlier.takes is dispatch._anything
+            and earlier.trial is None
+            and (earlier.dtypes is None or (form.dtypes is not None and {*earlier.dtypes} >= {*form.dtypes}))
+            and (earlier.watched is not None or form.watched is None)
+            for earlier in forms[:place]
+        )
+    ]
+
+
+@pytest.mark.parametrize("computation", dispatch.FORMS)
+def test_every_form_is_asked_for_something(computation):
+    forms = dispatch.FORMS[computation]
+    assert never_asked(forms) == []
+    *others, definition = forms
+    assert {form.kernel for form in others} <= {kernel for asked in dispatch._ASKED.values() for kernel in asked}
+    # A second form behind one that takes all it takes is found, and one that takes more is not.
+    plain = dispatch.Form("aten", len, len, (torch.float32,))
+    behind = dispatch.Form("aten", sum, sum, (torch.float32,), takes=lambda scores: True)
+    wider = dispatch.Form("aten", sum, sum, (torch.float32, torch.float64))
+    assert never_asked((*others, plain, behind, definition))[-1] == f"form {len(others) + 1} (aten)"
+    assert never_asked((behind, plain, wider, definition)) == []
+
+
 @pytest.mark.parametrize("kernel", dispatch.KERNELS)
 def test_whatever_is_forced_there_is_an_answer(monkeypatch, kernel):
     if kernel == "triton":
