@@ -96,6 +96,10 @@ DETPOST_INLINE float total_of(const DecodeArguments& of, const float* row, float
     const double weight = exponential(gap < 64.0f ? -static_cast<double>(gap) : -64.0);
     enough = static_cast<float>(1.001 * weight / of.threshold);  // more than what the weight rounds by
     if (enough <= 1.0f) return 1.0f;  // the weight of the greatest logit alone
+    if (of.classes <= kMostCheap && peak > -kInfinity && peak < kInfinity) {
+      const float least = least_sum(row, of.classes, peak, enough);
+      if (least >= enough) return least;
+    }
   }
   return total_weight(row, of.classes, peak, limbs, nullptr, enough);
 }

@@ -249,6 +249,36 @@ DETPOST_INLINE float sum_weights(const float* logits, int64_t classes, float pea
   return total < 1.0f ? 1.0f : total;
 }
 
+// What the sum of the weights is at least, at a fifth of the work; it stops where that is `enough`. A float's bits, read as a
+// whole number, are its logarithm but for a curve that they cut short: by that a weight comes out up to 6.15 % too great.
+// The rest of `kTooGreat` is what `kMostCheap` classes round by.
+constexpr float kTooGreat = 1.063f;
+constexpr int64_t kMostCheap = 1 << 14;
+constexpr int64_t kLooksEvery = 8 * kLanes;  // a power of two
+
+static float least_sum(const float* logits, int64_t classes, float peak, float enough) {
+  constexpr float kPerLogit = -12102203.0f, kOne = 1065353216.0f;  // 2^23 / ln 2, and the bits of 1
+  Floats values, sums = {};
+  float least = 0.0f;
+  for (int64_t first = 0; first < classes; first += kLanes) {
+    if (first + kLanes <= classes) {
+      load(values, logits + first);
+    } else {
+      load_last(values, logits, first, classes);
+    }
+    const Floats gaps = peak - values;
+    const Floats near = gaps < 80.0f ? gaps : 80.0f - (Floats){};
+    sums += reinterpret_cast<Floats>(__builtin_convertvector(near * kPerLogit + kOne, Ints));
+    const int64_t next = first + kLanes;
+    if (next < classes && (next & (kLooksEvery - 1)) != 0) continue;
+    float sum = 0.0f;
+    for (int64_t lane = 0; lane < kLanes; ++lane) sum += sums[lane];
+    least = sum / kTooGreat;
+    if (least >= enough) break;
+  }
+  return least;
+}
+
 // A greatest logit of +inf has all the probability, and shares it with its equals.
 static float sum_of_infinite(const float* logits, int64_t classes, float* weights) {
   int64_t count = 0;

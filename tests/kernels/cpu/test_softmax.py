@@ -5,6 +5,7 @@ import os
 import random
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -141,3 +142,17 @@ def test_one_thread_and_several_give_the_same_bits():
     finally:
         torch.set_num_threads(before)
     assert_same_bits(*found, "threads")
+
+
+@NATIVE
+@pytest.mark.parametrize("classes", [2, 9, 92, 1204, 20_000])
+def test_a_threshold_at_a_score_leaves_out_what_reaches_it_and_no_more(classes):
+    torch.manual_seed(classes)
+    logits, boxes = torch.randn(1, 40, classes) * 2, torch.rand(1, 40, 4)
+    spec = DecodeSpec.preset("detr")
+    scores = reference_decode(logits, boxes, None, spec).scores
+    for score in scores[0, ::5].tolist():  # by a part of a sum, or a bound of it, none may come out on the other side
+        for threshold in (score, math.nextafter(score, 0), min(score * 1.001, 1.0), score * 0.999):
+            here = replace(spec, score_threshold=threshold)
+            expected = reference_decode(logits, boxes, None, here)
+            assert_same_bits(native.decode(logits, boxes, None, here), expected, threshold)
