@@ -220,3 +220,23 @@ def test_the_command_writes_and_serves(tmp_path, runtime, model, monkeypatch, ca
     assert f"{out / 'index.html'}: 0 MiB in all" in said
     assert re.search(r"http://127\.0\.0\.1:\d+/ \(stop with Ctrl-C\)", said)
     assert Path(out, "examples", "garden.png").is_file()
+
+
+def test_the_front_page_of_the_docs_tries_it_where_the_runtime_is_there(tmp_path, runtime, monkeypatch):
+    pytest.importorskip("mkdocs")
+    from scripts import docs_page
+
+    front = (Path(docs_page.__file__).parents[1] / "docs" / "index.md").read_text()
+    assert front.count("assets/demo.png") == 1
+    tried = docs_page.embedded(front)
+    assert "assets/demo.png" not in tried
+    assert 'src="try/index.html"' in tried
+    assert tried.endswith(front[-500:])
+    with pytest.raises(ValueError, match="must have the picture"):
+        docs_page.embedded(tried)
+    for name in ("XDG_CACHE_HOME", "LOCALAPPDATA", "HOME"):
+        monkeypatch.setenv(name, str(tmp_path / "cache"))
+    monkeypatch.setattr(docs_page, "INSTALLED", tmp_path / "nothing")
+    assert docs_page.runtime() is None
+    monkeypatch.setattr(docs_page, "INSTALLED", runtime.parent)
+    assert docs_page.runtime() == runtime

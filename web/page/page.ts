@@ -120,7 +120,7 @@ async function open(source: string | Blob, name: string): Promise<void> {
 function describe(opened: Detector): string {
   const threads = globalThis.crossOriginIsolated && opened.backend === "wasm" ? ", threads" : "";
   return [
-    `${opened.names.size} classes`,
+    opened.names.size ? `${opened.names.size} classes` : "",
     opened.inputSize ? `input ${opened.inputSize.width} × ${opened.inputSize.height}` : "",
     (opened.backend === "webgpu" ? "WebGPU" : "WebAssembly") + threads,
   ]

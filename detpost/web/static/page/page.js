@@ -83,7 +83,7 @@ async function open(source, name) {
 function describe(opened) {
     const threads = globalThis.crossOriginIsolated && opened.backend === "wasm" ? ", threads" : "";
     return [
-        `${opened.names.size} classes`,
+        opened.names.size ? `${opened.names.size} classes` : "",
         opened.inputSize ? `input ${opened.inputSize.width} × ${opened.inputSize.height}` : "",
         (opened.backend === "webgpu" ? "WebGPU" : "WebAssembly") + threads,
     ]
