@@ -36,12 +36,12 @@ def test_what_a_format_writes_it_opens_and_verify_takes(tmp_path, entry):
 
 def test_endings_are_of_one_format_each_and_others_are_refused(tmp_path):
     assert len(set(ENDINGS)) == len(FORMATS) == len({entry.name for entry in FORMATS})
-    with pytest.raises(ValueError, match=r"must end in \.onnx, \.xml, \.pt2"):
+    with pytest.raises(ValueError, match=re.escape(f"must end in {', '.join(ENDINGS)}")):
         format_of(tmp_path / "model.engine")
     assert not has_ending(tmp_path / ".onnx")
 
 
-@pytest.mark.parametrize("ending", [".txt", ".onnx.zip", ".more.onnx"])
+@pytest.mark.parametrize("ending", [".txt", ".two.parts", ".more.onnx"])
 def test_a_format_is_a_row_of_the_table(tmp_path, monkeypatch, ending):
     import detpost.export.opened as opened_module
 
