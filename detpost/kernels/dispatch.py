@@ -15,8 +15,10 @@ ways of its own (``torch.func``, forward mode) gets forms that it can look into.
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import torch
@@ -149,7 +151,24 @@ def _decode_by_operators(logits: Tensor, boxes: Tensor, image_sizes: Tensor | No
     steps = reference_decode.Steps(select)
     if logits.device.type == "cpu" and logits.dtype != torch.float64 and type(logits) is Tensor and is_plain_call():
         steps = aten_decode.STEPS._replace(select=select)
+        if wants_derivative(logits, boxes, image_sizes) and kernel_for("cpu") in ("native", "numpy"):
+            steps = steps._replace(select_pairs=_pairs_at_once)
     return reference_decode.decode(logits, boxes, image_sizes, spec, steps)
+
+
+def _pairs_at_once(logits: Tensor, spec: DecodeSpec, steps: reference_decode.Steps) -> tuple[Tensor, Tensor, Tensor]:
+    """Choose the kept pairs by a decode without derivatives: only what is gathered by them has any."""
+    values = logits.detach()
+    found = decode(values, values.new_zeros(*values.shape[:2], 4, dtype=torch.float32), None, _pairs_alone(spec))
+    queries, labels, keys = found.queries.clamp(min=0), found.labels.clamp(min=0), found.scores
+    if spec.activation == "sigmoid":
+        keys = values.flatten(1).gather(1, queries * values.shape[2] + labels)
+    return queries, labels, torch.where(found.valid, keys, math.nan)
+
+
+@functools.lru_cache(maxsize=256)
+def _pairs_alone(spec: DecodeSpec) -> DecodeSpec:
+    return replace(spec, score_threshold=None, clip=False)
 
 
 def _nms_by_words(*arguments: Any) -> Tensor:

@@ -23,56 +23,6 @@ from detpost.spec import DecodeSpec
 __all__ = ["Steps", "decode"]
 
 
-class Steps(NamedTuple):
-    """The steps of a decode that a kernel may take in another way, to the same bits; none has a gradient.
-
-    Args:
-        select: rows (B, N) and k to the places (B, k) of the k best, in the order of :func:`select_top_k`.
-        best_class: logits (..., C) to the best class (...).
-        scores: logits (..., C) to the probabilities (..., C) that :mod:`~detpost.reference.softmax` gives.
-        scores_of: logits (..., C) and classes (...) to the probabilities (...) of these.
-    """
-
-    select: Callable[[Tensor, int], Tensor] = select_top_k
-    best_class: Callable[[Tensor], Tensor] = best_class
-    scores: Callable[[Tensor], Tensor] = softmax.scores
-    scores_of: Callable[[Tensor, Tensor], Tensor] = softmax.scores_of
-
-
-_REFERENCE = Steps()
-
-
-def decode(
-    logits: Tensor, boxes: Tensor, image_sizes: Tensor | None, spec: DecodeSpec, steps: Steps = _REFERENCE
-) -> Detections:
-    """Decode a batch.
-
-    Args:
-        logits: (B, Q, C), floating.
-        boxes: (B, Q, 4), floating, in units of the image, in ``spec.box_format``.
-        image_sizes: (B, 2), (height, width) in pixels, or ``None``: boxes stay normalised.
-        spec: what the decode does.
-        steps: how its steps are computed.
-
-    Returns:
-        The detections, differentiable in logits and boxes.
-
-    Example:
-        >>> logits, boxes = torch.tensor([[[0.0, 4.0]]]), torch.tensor([[[0.5, 0.5, 1.0, 1.0]]])
-        >>> decode(logits, boxes, None, DecodeSpec(top_k=1)).labels
-        tensor([[1]])
-    """
-    queries, labels, keys = _select_pairs(logits, spec, steps)  # (B, K) each
-    # A key is NaN for the background, for a NaN logit and, of softmax, for every class of a query that has one.
-    is_number = keys == keys
-    if spec.activation == "sigmoid":
-        scores = _sigmoid_scores(logits, queries, labels, keys, is_number)  # (B, K)
-    else:
-        scores = _softmax_scores(logits, queries, labels, keys, is_number)
-    valid = is_number if spec.score_threshold is None else is_number & (scores > spec.score_threshold)
-    return clear_invalid(scores, labels, _corners(boxes, queries, image_sizes, spec), queries, valid)
-
-
 def _select_pairs(logits: Tensor, spec: DecodeSpec, steps: Steps) -> tuple[Tensor, Tensor, Tensor]:
     """Choose the kept pairs: queries and labels (B, K), int64, and the keys that they stand in the order of (B, K)."""
     if spec.selection == "per_query":
@@ -109,6 +59,59 @@ def _take_class(logits: Tensor, labels: Tensor) -> Tensor:
     return logits.gather(2, labels.unsqueeze(-1)).squeeze(-1)
 
 
+class Steps(NamedTuple):
+    """The steps of a decode that a kernel may take in another way, to the same bits; none has a gradient.
+
+    Args:
+        select: rows (B, N) and k to the places (B, k) of the k best, in the order of :func:`select_top_k`.
+        best_class: logits (..., C) to the best class (...).
+        scores: logits (..., C) to the probabilities (..., C) that :mod:`~detpost.reference.softmax` gives.
+        scores_of: logits (..., C) and classes (...) to the probabilities (...) of these.
+        select_pairs: logits (B, Q, C), a spec and these steps to queries and labels (B, K), int64, of the kept pairs,
+            and the keys (B, K) that they stand in the order of.
+    """
+
+    select: Callable[[Tensor, int], Tensor] = select_top_k
+    best_class: Callable[[Tensor], Tensor] = best_class
+    scores: Callable[[Tensor], Tensor] = softmax.scores
+    scores_of: Callable[[Tensor, Tensor], Tensor] = softmax.scores_of
+    select_pairs: Callable[[Tensor, DecodeSpec, Steps], tuple[Tensor, Tensor, Tensor]] = _select_pairs
+
+
+_REFERENCE = Steps()
+
+
+def decode(
+    logits: Tensor, boxes: Tensor, image_sizes: Tensor | None, spec: DecodeSpec, steps: Steps = _REFERENCE
+) -> Detections:
+    """Decode a batch.
+
+    Args:
+        logits: (B, Q, C), floating.
+        boxes: (B, Q, 4), floating, in units of the image, in ``spec.box_format``.
+        image_sizes: (B, 2), (height, width) in pixels, or ``None``: boxes stay normalised.
+        spec: what the decode does.
+        steps: how its steps are computed.
+
+    Returns:
+        The detections, differentiable in logits and boxes.
+
+    Example:
+        >>> logits, boxes = torch.tensor([[[0.0, 4.0]]]), torch.tensor([[[0.5, 0.5, 1.0, 1.0]]])
+        >>> decode(logits, boxes, None, DecodeSpec(top_k=1)).labels
+        tensor([[1]])
+    """
+    queries, labels, keys = steps.select_pairs(logits, spec, steps)  # (B, K) each
+    # A key is NaN for the background, for a NaN logit and, of softmax, for every class of a query that has one.
+    is_number = keys == keys
+    if spec.activation == "sigmoid":
+        scores = _sigmoid_scores(logits, queries, labels, keys, is_number)  # (B, K)
+    else:
+        scores = _softmax_scores(logits, queries, labels, keys, is_number)
+    valid = is_number if spec.score_threshold is None else is_number & (scores > spec.score_threshold)
+    return clear_invalid(scores, labels, _corners(boxes, queries, image_sizes, spec), queries, valid)
+
+
 def _sigmoid_scores(logits: Tensor, queries: Tensor, labels: Tensor, keys: Tensor, is_number: Tensor) -> Tensor:
     """Score the kept pairs (B, K), 0 where they are no number; the logits are gathered again for their gradient."""
     batch, query_count, classes = logits.shape
@@ -123,7 +126,10 @@ def _softmax_scores(logits: Tensor, queries: Tensor, labels: Tensor, keys: Tenso
     scores = torch.where(is_number, keys, 0.0)
     if logits.dtype != torch.float64 and not wants_derivative(logits):
         return scores
-    scores = softmax.with_slope(scores, _take(logits, queries), labels)
+    count, classes = queries.shape[1], logits.shape[2]
+    if 2 * count < logits.shape[1]:  # of few kept ones; to gather most of the logits takes longer than to use them all
+        logits, queries = _take(logits, queries), torch.arange(count, device=logits.device)
+    scores = softmax.with_slope(scores, logits, queries * classes + labels)
     # Two float64 scores that are nearer than the keys can tell may stand in the other order: the later reads as the
     # earlier, so that scores never rise.
     return scores.cummin(dim=1).values if logits.dtype == torch.float64 and scores.shape[1] else scores

@@ -154,13 +154,13 @@ def _total(shares: Tensor) -> Tensor:
     return (total * 2.0**-bits).clamp(min=1)
 
 
-def with_slope(values: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
+def with_slope(values: Tensor, logits: Tensor, places: Tensor) -> Tensor:
     """Give scores the derivatives of softmax, forwards and backwards.
 
     Args:
-        values: (..., K), scores of classes ``labels`` of the queries.
-        logits: (..., K, C), floating: the logits of each score's query.
-        labels: (..., K), int64.
+        values: (..., K), scores.
+        logits: (..., Q, C), floating.
+        places: (..., K), int64: of which query and class each score is, query * C + class.
 
     Returns:
         (..., K): the values themselves, float32; of float64 logits the softmax in float64, within 2e-7 of them. Where
@@ -169,9 +169,9 @@ def with_slope(values: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     peak = wide.detach().amax(dim=-1, keepdim=True)  # NaN where one of them is
     is_limit = peak.isinf() | peak.isnan()
-    smooth = torch.where(is_limit, 0.0, wide).softmax(dim=-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+    smooth = torch.where(is_limit, 0.0, wide).softmax(dim=-1).flatten(-2).gather(-1, places)
     if wide.dtype == torch.float64:
-        return torch.where(is_limit.squeeze(-1), values.to(wide.dtype), smooth)
+        return torch.where(is_limit.squeeze(-1).gather(-1, places // logits.shape[-1]), values.to(wide.dtype), smooth)
     return values + (smooth - smooth.detach())
 
 

@@ -1,12 +1,16 @@
 """The dispatch always answers, and what writes a graph gets operators that every runtime has."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
 
-from detpost import DetectionPostProcessor
+from detpost import DecodeSpec, DetectionPostProcessor
 from detpost.kernels import dispatch
+from detpost.kernels.cpu import library
 from detpost.nms import NonMaximumSuppression
+from detpost.reference.decode import decode as reference_decode
 
 
 class AsTuple(nn.Module):
@@ -84,3 +88,37 @@ def test_whatever_is_forced_there_is_an_answer(monkeypatch, kernel):
     for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         assert dispatch.select(nothing.to(dtype), 2).tolist() == [[1, 0]]
         assert dispatch.select(torch.empty(0, 3, dtype=dtype), 2).shape == (0, 2)
+
+
+@pytest.mark.parametrize("kernel", ["native", "numpy", "aten"])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        DecodeSpec.preset("detr", top_k=3),
+        DecodeSpec.preset("detr", top_k=50, score_threshold=0.4),
+        DecodeSpec(activation="softmax", top_k=7, background="first", clip=True),
+        DecodeSpec(selection="per_query", top_k=5, background="last"),
+        DecodeSpec(top_k=40, score_threshold=0.5, background="last", box_format="xywh"),
+    ],
+    ids=str,
+)
+def test_what_is_selected_at_once_has_the_gradient_of_the_reference(monkeypatch, kernel, spec):
+    if kernel == "native" and library.missing() is not None:
+        pytest.skip(f"the C++ kernels are {library.missing()}")
+    monkeypatch.setenv("DETPOST_KERNEL", kernel)
+    torch.manual_seed(0)
+    logits = torch.where(torch.rand(2, 12, 5) < 0.05, math.nan, torch.randn(2, 12, 5).mul(2).round() / 2)
+    logits[1, 3, 2] = math.inf
+    boxes, sizes, found = torch.rand(2, 12, 4), torch.tensor([[3, 4], [5.0, 6.0]]), []
+    for decode in (lambda *given: dispatch.decode(*given, spec), lambda *given: reference_decode(*given, spec)):
+        for wanting in ((True, True), (True, False), (False, True)):
+            given = [value.clone().requires_grad_(wants) for value, wants in zip((logits, boxes), wanting, strict=True)]
+            detections = decode(*given, sizes)
+            total = detections.scores.square().sum() + detections.boxes.sin().sum()
+            slopes = torch.autograd.grad(total, [value for value in given if value.requires_grad], allow_unused=True)
+            found.append([*detections, *slopes])
+    torch.testing.assert_close(found[:3], found[3:], rtol=1e-5, atol=1e-7)
+    for first, second in zip(found[:3], found[3:], strict=True):
+        assert torch.equal(first[1], second[1])
+        assert torch.equal(first[3], second[3])
+    assert float(found[0][5].abs().max()) > 0.1

@@ -146,7 +146,8 @@ def test_limits():
 
 def scored(logits, labels):
     values = softmax.scores(logits).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
-    return softmax.with_slope(values, logits, labels)
+    alone = (values.unsqueeze(-1), logits.unsqueeze(-2), labels.unsqueeze(-1))  # each query by itself
+    return softmax.with_slope(*alone).squeeze(-1)
 
 
 def smooth(logits, labels):
@@ -172,7 +173,7 @@ def test_a_slope_changes_no_bit_of_a_score():
     logits = adversarial_rows(92).requires_grad_()
     labels = torch.arange(len(logits)) % 92
     values = softmax.scores(logits).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
-    found = softmax.with_slope(values, logits, labels)
+    found = softmax.with_slope(values, logits, torch.arange(len(logits)) * 92 + labels)
     assert found.requires_grad
     assert torch.equal(found, values)
 
