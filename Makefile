@@ -91,9 +91,11 @@ $(RAY)/.installed: $(STAMP)
 test-ray: $(RAY)/.installed
 	OMP_NUM_THREADS=1 $(RAY)/bin/python -m pytest tests/runs/test_ray.py tests/runs/test_parquet.py
 
+web_out/tiny.onnx: $(STAMP)
+	$(BIN)/detpost export tiny -o $@
+
 # The page of the shipped detector, on this machine until Ctrl-C; npm fetches ONNX Runtime Web once.
-web: $(STAMP)
-	$(BIN)/detpost export tiny -o web_out/tiny.onnx
+web: web_out/tiny.onnx
 	$(BIN)/detpost web web_out/tiny.onnx -o web_out/page $(addprefix --example ,$(wildcard detpost/zoo/samples/*.png)) --serve
 
 web/node_modules/.installed: web/package.json
