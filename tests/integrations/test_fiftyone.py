@@ -128,7 +128,7 @@ def test_masks_come_back_as_they_were(fiftyone, tmp_path):
     masks[3] = True
     encoded = [{**each, "counts": each["counts"].decode()} for each in to_rle(masks)]
     whole = {"boxes": [[0.0, 0.0, 53.0, 37.0]] * 5 + [[10.5, 4.0, 20.25, 9.5]], "scores": [0.5] * 6}
-    row = {"file_name": "a.png", "image_id": 1, "width": 53, "height": 37, "segmentations": encoded, **whole}
+    row = {"file_name": "a.png", "image_id": 1, "width": 53, "height": 37, "masks": encoded, **whole}
     writer = TableWriter(tmp_path / "detections.parquet", schema({"class_names": {}}))
     writer.add(table_of([{**row, "labels": [0] * 6, "names": ["x"] * 6}]))
     writer.close()
