@@ -267,11 +267,13 @@ def evaluate(
 
 
 @app.command(short_help="Print versions, devices, and which optional parts are present.")
-def doctor() -> None:
-    """Print versions, devices, and which optional parts are present."""
-    from detpost.command.doctor import examine
+def doctor(
+    file: Annotated[Path | None, typer.Argument(help="An .onnx file of detpost's to look at.")] = None,
+) -> None:
+    """Print versions, devices, and which optional parts are present; or what there is to say of a file."""
+    from detpost.command.doctor import examine, examine_file
 
-    show.print_parts(examine())
+    show.print_parts(examine() if file is None else examine_file(file))
 
 
 @app.command(
@@ -451,6 +453,98 @@ def web(
     show.print_site(written)
     if serve:
         serve_site(written.folder, show.print_line, browser=show.console.is_terminal)
+
+
+@app.command(short_help="Write a detector in fewer bits (int8, fp16, bf16) with the same detections.")
+def quantize(
+    model: Annotated[str, typer.Argument(help="An .onnx file of detpost's in float32, or a model to export.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The .onnx file to write; its recipe lies beside it.")],
+    precision: Annotated[str, typer.Option(help="int8, fp16 or bf16.")] = "int8",
+    images: Annotated[
+        list[str] | None, typer.Option("--calibrate", help="Folder of images to calibrate and measure on.")
+    ] = None,
+    keep: Annotated[
+        str, typer.Option(help="What stays float32: auto, or names of nodes with commas between.")
+    ] = "auto",
+    max_loss: Annotated[float, typer.Option(help="Of AP or, without annotations, of matched detections.")] = 0.005,
+    annotations: Annotated[Path | None, typer.Option(help="COCO ground truth of the images.")] = None,
+    threshold: Annotated[float, typer.Option(help="Without annotations: detections above it are matched.")] = 0.5,
+    symmetric: Annotated[bool, typer.Option("--symmetric", help="With int8: zero points of 0, for TensorRT.")] = False,
+    recipe: Annotated[Path | None, typer.Option(help="Repeat a recipe, without images.")] = None,
+    budget: Annotated[str | None, typer.Option(help="Time that the search may take, as 10m.")] = None,
+) -> None:
+    """Write a detector in fewer bits with the same detections: the decode stays float32, and what else must."""
+    from detpost.runs.find_images import find_images
+    from detpost.runs.quantize import quantize as write_quantized
+    from detpost.verify.bisect import seconds_of
+
+    look_up(model)
+    if recipe is None and not images:
+        raise ValueError("no images to calibrate on: name a folder of some with --calibrate")
+    seconds = None if budget is None else seconds_of(budget)
+    _quiet_pillow()
+    found = find_images(images) if images else None
+    with show.search() as (say, tell):
+        made = write_quantized(
+            model,
+            out,
+            cast(Any, precision),
+            [found.root / name for name in found.names] if found else (),
+            keep="auto" if keep == "auto" else [name.strip() for name in keep.split(",")],
+            max_loss=max_loss,
+            annotations=annotations,
+            threshold=threshold,
+            symmetric=symmetric,
+            recipe=recipe,
+            budget=seconds,
+            progress=say,
+            tell=tell,
+        )
+    show.print_quantized(made)
+
+
+@app.command(short_help="Say what fewer bits changed in detections, and which nodes it came from.")
+def diagnose(
+    model: Annotated[str, typer.Argument(help="The version in fewer bits, or in another runtime.")],
+    reference: Annotated[str, typer.Argument(help="What it was made from.")],
+    images: Annotated[list[str], typer.Option(help="Folders, files or glob patterns of images.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the report: an .html file.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write it as JSON.")] = None,
+    threshold: Annotated[float, typer.Option(help="Detections above it are compared.")] = 0.5,
+    budget: Annotated[str | None, typer.Option(help="Time that the search may take, as 10m.")] = None,
+) -> None:
+    """Say what fewer bits changed in detections, and which nodes it came from; a stopped search goes on, repeated."""
+    from detpost.runs.find_images import find_images
+    from detpost.verify.bisect import seconds_of
+    from detpost.verify.diagnose import diagnose as find_out
+
+    for name in (model, reference):
+        look_up(name)
+    seconds = None if budget is None else seconds_of(budget)
+    _quiet_pillow()
+    found = find_images(images)
+    beside = out or json_file
+    journal = None if beside is None else beside.with_name(f".{beside.name}.progress")
+    with show.resumable(journal), show.search() as (say, tell):
+        diagnosis = find_out(
+            model,
+            reference,
+            [found.root / name for name in found.names],
+            threshold=threshold,
+            budget=seconds,
+            journal=journal,
+            progress=say,
+            tell=tell,
+        )
+    if json_file is not None:
+        json_file.write_text(diagnosis.to_json() + "\n")
+    if out is not None:
+        from detpost.verify.diagnosis_page import page
+
+        out.write_text(page(diagnosis), encoding="utf-8")
+    if journal is not None and diagnosis.complete:
+        journal.unlink(missing_ok=True)
+    show.console.print(str(diagnosis), highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command(short_help="Compare two artifacts; exit status 1 on any difference.")

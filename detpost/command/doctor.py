@@ -7,12 +7,13 @@ import os
 import platform
 from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 
 import torch
 
 from detpost.spec import DecodeSpec
 
-__all__ = ["Part", "examine"]
+__all__ = ["Part", "examine", "examine_file"]
 
 _OPTIONAL = {
     "onnx": ("onnx", "ONNX export and attach"),
@@ -61,6 +62,38 @@ def examine() -> list[Part]:
         _compiler(),
         *_kernels(),
         *(_optional(name, extra, purpose) for name, (extra, purpose) in _OPTIONAL.items()),
+    ]
+
+
+def examine_file(path: Path) -> list[Part]:
+    """Look at an ``.onnx`` file of detpost's.
+
+    Args:
+        path: the file.
+
+    Returns:
+        What it is, in which bits, and whether its decode is in float32.
+
+    Raises:
+        OSError: it is missing, or no ONNX file.
+        ValueError: detpost did not write it.
+    """
+    from detpost.export.artifact import read_metadata
+    from detpost.export.rounded import decode_in_fewer_bits, decode_warning, fewer_bits
+    from detpost.export.weights import read_onnx
+
+    model = read_onnx(path).model
+    said = read_metadata({entry.key: entry.value for entry in model.metadata_props}, path)
+    spec = said["spec"]
+    wrong = decode_in_fewer_bits(model)
+    nodes = sum(not node.name.startswith("detpost/") for node in model.graph.node)
+    return [
+        Part("written by", True, f"detpost {said['version']}, operator set {said['opset']}"),
+        Part("decode", True, f"{spec['activation']}, {spec['selection']}, {said['preset'] or 'no preset'}"),
+        Part("network", True, f"{nodes} nodes, {', '.join(fewer_bits(model)) or 'float32'}"),
+        Part(
+            "decode in float32", not wrong, decode_warning(wrong) if wrong else "yes: labels, order and boxes are exact"
+        ),
     ]
 
 

@@ -26,6 +26,22 @@ def steps() -> Iterator[Callable[[str], None]]:
         yield lambda line: status.update(line)
 
 
+@contextlib.contextmanager
+def search() -> Iterator[tuple[Callable[[str], None], Callable[[int, int], None]]]:
+    """Show the steps of a search as lines, and its runs as a bar; off a terminal as a line now and then."""
+    say = lambda line: console.print(f"... {line}", highlight=False, markup=False, soft_wrap=True)  # noqa: E731
+    with progress("runs") as tell:
+        yield say, tell
+
+
+def print_quantized(made: Any) -> None:
+    """Print what was written in fewer bits, and what it cost."""
+    print_written(made.written)
+    console.print(
+        f"{made.size:.3f} of the float file's size; {made.recipe} repeats it", highlight=False, soft_wrap=True
+    )
+
+
 def print_demo(result: Any, out: Path) -> None:
     """Print what was found in each image, and whether PyTorch and ONNX Runtime agree."""
     for image in result.images:

@@ -18,7 +18,7 @@ from detpost.export.heads import MaskHead, columns_of, output_names, recorded_he
 from detpost.export.layouts import recorded_layout
 from detpost.heads.found import Found
 
-__all__ = ["OpenedFile", "open_file", "open_ir", "open_onnx", "open_pt2"]
+__all__ = ["OpenedFile", "open_file", "open_ir", "open_onnx", "open_pt2", "opened_session"]
 
 
 @dataclass(frozen=True)
@@ -115,10 +115,16 @@ def open_file(path: str | Path, device: str | torch.device | None = None) -> Ope
 def open_onnx(path: Path, device: Any = None) -> OpenedFile:
     """Open an ``.onnx`` file in ONNX Runtime, on the CPU."""
     from detpost.export.artifact import read_metadata
-    from detpost.export.runtime import onnx_inputs, onnx_session
+    from detpost.export.runtime import onnx_session
 
     session = onnx_session(path)
-    metadata = read_metadata(session.get_modelmeta().custom_metadata_map, path)
+    return opened_session(session, read_metadata(session.get_modelmeta().custom_metadata_map, path), path)
+
+
+def opened_session(session: Any, metadata: dict[str, Any], path: Path) -> OpenedFile:
+    """Give a session of ONNX Runtime the face of a file: ``metadata`` says how it decodes, ``path`` is its name."""
+    from detpost.export.runtime import onnx_inputs
+
     names = [value.name for value in session.get_outputs()]
 
     def run(feed: Mapping[str, Tensor]) -> dict[str, Tensor]:

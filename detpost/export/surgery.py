@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from graphlib import TopologicalSorter
 from typing import TYPE_CHECKING, Any
 
 from detpost.export.weights import inner_graphs
@@ -17,6 +18,7 @@ __all__ = [
     "cut_behind",
     "free_name",
     "held_values",
+    "in_order",
     "rename_values",
     "take_shape_from",
     "true_inputs",
@@ -87,6 +89,14 @@ def cut_behind(model: onnx.ModelProto, kept: Iterable[str]) -> Cut:
     _drop(imports, [i for i, entry in enumerate(imports) if entry.domain not in domains | {"", "ai.onnx"}])
     del graph.output[:]
     return Cut(dict(dropped), outputs, tuple(name for name in unneeded if name not in weights))
+
+
+def in_order(nodes: Iterable[onnx.NodeProto]) -> list[onnx.NodeProto]:
+    """Sort nodes so that each stands behind those that it needs."""
+    listed = list(nodes)
+    maker = {name: place for place, node in enumerate(listed) for name in node.output if name}
+    needs = {place: {maker[name] for name in uses_of(node) if name in maker} for place, node in enumerate(listed)}
+    return [listed[place] for place in TopologicalSorter(needs).static_order()]
 
 
 def uses_of(node: onnx.NodeProto) -> set[str]:

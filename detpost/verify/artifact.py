@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -58,6 +58,7 @@ class Artifact:
             of its heads by name.
         spec: with it, what the decode does.
         heads: with it, what is given beside boxes.
+        warning: of a file whose decode is in fewer bits, what that means.
     """
 
     name: str
@@ -72,6 +73,7 @@ class Artifact:
     find: Callable[[Tensor, Tensor, Tensor], tuple[Whole, dict[str, Tensor]]] | None = None
     spec: DecodeSpec | None = None
     heads: tuple[Head, ...] = ()
+    warning: str = ""
 
 
 def open_artifact(source: Any, allow_pickle: bool = False) -> Artifact:
@@ -83,8 +85,19 @@ def open_artifact(source: Any, allow_pickle: bool = False) -> Artifact:
             f"preset {source}", "post-processor", decode=_no_grad(DetectionPostProcessor.from_preset(source))
         )
     if isinstance(source, (str, Path)) and has_ending(source):
-        return _open_file(Path(source))
+        return replace(_open_file(Path(source)), warning=_warning_of(Path(source)))
     return _open_detector(source, allow_pickle)
+
+
+def _warning_of(path: Path) -> str:
+    """Say of an ONNX file whose decode is in fewer bits what that means."""
+    if path.suffix != ".onnx":
+        return ""
+    from detpost.export.rounded import decode_in_fewer_bits, decode_warning
+    from detpost.export.weights import read_onnx
+
+    nodes = decode_in_fewer_bits(read_onnx(path).model)
+    return decode_warning(nodes) if nodes else ""
 
 
 def _no_grad(module: DetectionPostProcessor) -> Decode:

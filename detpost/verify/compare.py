@@ -74,6 +74,7 @@ class VerifyReport:
         reference: what it was verified against.
         kind: ``"post-processor"`` or ``"detector"``.
         checks: every comparison made.
+        warnings: what a reader should know of a file, whatever the comparisons say.
 
     Example:
         >>> post = DetectionPostProcessor.from_preset("rtdetr", top_k=10)
@@ -86,6 +87,7 @@ class VerifyReport:
     reference: str
     kind: str
     checks: tuple[Check, ...] = field(default=())
+    warnings: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -119,9 +121,16 @@ class VerifyReport:
             for row in (head, *rows)
         ]
         details = [f"{check.name}: {check.detail}" for check in self.checks if check.detail]
+        warned = [f"warning: {line}" for line in self.warnings]
         verdict = "the same answer" if self.ok else "NOT the same answer"
         return "\n".join(
-            (f"{self.artifact} against {self.reference} ({self.kind})", *lines, *details, f"verdict: {verdict}")
+            (
+                f"{self.artifact} against {self.reference} ({self.kind})",
+                *lines,
+                *details,
+                *warned,
+                f"verdict: {verdict}",
+            )
         )
 
 
@@ -179,7 +188,8 @@ def verify(
         checks = tuple(_check_raw(one, other, shape, raw or (), say))
     else:
         checks = tuple(_check_images(one, other, images or (), threshold, say))
-    return VerifyReport(one.name, other.name, one.kind, checks)
+    warned = tuple(f"{side.name}: {side.warning}" for side in (one, other) if side.warning)
+    return VerifyReport(one.name, other.name, one.kind, checks, warned)
 
 
 def _check_raw(
