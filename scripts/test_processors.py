@@ -32,6 +32,7 @@ LOSSES = ("tests/losses", "tests/metrics")
 LEFT_OUT = (
     *("export", "compile", "dynamo", "inductor", "onnx", "is_pure", "in_training"),
     *("every_level", "every_instruction_level", "not_given_is_a_memory_error", "not_given_are_done_without"),
+    *("two_processes", "forked_child"),
 )
 # The Triton kernels are interpreted here, by NumPy, which none of the levels changes.
 EVERYTHING = (*SELECTING, *LOSSES, "tests/kernels/cpu", "tests/reference")

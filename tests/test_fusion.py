@@ -65,6 +65,17 @@ def theirs(boxes, scores, labels, *options, **more):
     return corners.to(boxes[0].dtype), confidences.to(scores[0].dtype), numbers.long()
 
 
+NUMPY_2 = np.lib.NumpyVersion(np.__version__) >= "2.0.0"
+
+
+def assert_theirs(found, expected):
+    """To the bit; with NumPy 1, in which a float32 times a number of Python's is a float64, to the last place."""
+    if NUMPY_2:
+        assert_same(found, expected)
+    else:
+        torch.testing.assert_close(list(found), list(expected), rtol=5e-7, atol=0, equal_nan=True)
+
+
 @pytest.mark.peers
 @pytest.mark.parametrize("confidence", CONFIDENCES)
 @pytest.mark.parametrize("overflow", [False, True])
@@ -77,12 +88,15 @@ def test_fused_boxes_are_those_of_ensemble_boxes(form, confidence, overflow):
         weights = None if seed % 2 else [1.0 + (seed + i) % 4 for i in range(len(given[0]))]
         options = weights, (0.1, 0.3, 0.55, 0.7, 0.9)[seed % 5], (0.0, 0.2)[seed % 2]
         expected = theirs(*given, *options, conf_type=confidence, allows_overflow=overflow)
-        assert_same(weighted_boxes(*given, *options, confidence=confidence, allow_overflow=overflow), expected)
+        assert_theirs(weighted_boxes(*given, *options, confidence=confidence, allow_overflow=overflow), expected)
         fused += sum(map(len, given[0])) - len(expected[0])
     assert fused > 60
 
 
 @pytest.mark.peers
+@pytest.mark.skipif(
+    not NUMPY_2, reason="NumPy 1 compares a float32 with the float64 that was written, not with its own"
+)
 def test_scores_at_the_skip_threshold_stay_as_in_ensemble_boxes(form):
     boxes = [torch.rand(9, 4).cumsum(1) / 4]
     scores = [torch.arange(1, 10).float() / 10]

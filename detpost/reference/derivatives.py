@@ -23,7 +23,10 @@ def wants_derivative(*values: Tensor | None) -> bool:
     if is_in_transform():
         return True
     # The level first: without one there is no tangent, and to ask each tensor costs as much as to decode a small image.
-    return forward_ad._current_level >= 0 and any(_has_tangent(value) for value in values)
+    # A compiler's tensors do not always tell (those of PyTorch 2.11 have none): there the level is enough.
+    return forward_ad._current_level >= 0 and (
+        torch.compiler.is_compiling() or any(_has_tangent(value) for value in values)
+    )
 
 
 def _has_tangent(value: Tensor | None) -> bool:

@@ -227,7 +227,8 @@ def _run(truth: dict[str, Any], rows: list[dict[str, Any]], iou_type: str, count
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of id 0: it is among the notes
         loaded = package.COCO(truth)
-        found = loaded.loadRes(rows)
+        # Versions before 1.8 cannot load no results at all.
+        found = loaded.loadRes(rows) if rows else package.COCO({**truth, "annotations": []})
     counter = package.COCOeval_faster(loaded, found, iouType=iou_type)
     counter.params.maxDets = counts
     counter.evaluate()

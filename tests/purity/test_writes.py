@@ -76,7 +76,7 @@ def planted_temporary_filled(x):
 
 
 def planted_mask(x):
-    x[x > 0] = 0.0  # expect: DP002 error input
+    x[x > 0] = 0.0  # expect: DP002 error input; ?DP010 error
     return x
 
 
@@ -311,7 +311,13 @@ def clean_operators(x):
 
 def clean_fills_inside_torch(x):
     rows = nn.utils.rnn.pad_sequence([x[0], x[1, :2]])
-    return rows.sum() + torch.quantile(x, 0.5) + torch.block_diag(x, x).sum() + F.dropout(x, 0.5, True).sum()
+    return rows.sum() + torch.block_diag(x, x).sum() + F.dropout(x, 0.5, True).sum()
+
+
+if torch.__version__ >= (2, 12):  # that of 2.11 waits for a value
+
+    def clean_quantile(x):
+        return torch.quantile(x, 0.5)
 
 
 def clean_attention(x):
@@ -370,16 +376,19 @@ class CleanModule(nn.Module):
 
 
 def expected(subject):
-    """(line, rule, severity, target) for each ``# expect:`` comment in the subject's source."""
+    """(line, rule, severity, target) for each ``# expect:`` comment in the subject's source.
+
+    And those with a ``?``, which hang on how PyTorch computes it: 2.11 counts what a mask holds, 2.15 fills by it.
+    """
     function = subject.forward if isinstance(subject, nn.Module) else subject
     lines, first = inspect.getsourcelines(function)
-    found = set()
+    found, possible = set(), set()
     for number, text in enumerate(lines, first):
         comment = re.search(r"# expect: (.*)", text)
         for part in comment.group(1).split(";") if comment else ():
             rule, severity, *target = part.split()
-            found.add((number, rule, severity, " ".join(target)))
-    return found
+            (possible if rule.startswith("?") else found).add((number, rule.lstrip("?"), severity, " ".join(target)))
+    return found, possible
 
 
 def cases(prefix):
@@ -405,9 +414,10 @@ def test_every_planted_fault_is_found_on_its_line_and_nothing_else(subject):
     args, kwargs = arguments(subject)
     report = check(subject, *args, only=("writes",), **kwargs)
     found = {(f.line, f.rule, f.severity, f.target) for f in report.findings}
-    assert found == expected(subject), str(report)
+    wanted, possible = expected(subject)
+    assert found - possible == wanted, str(report)
     assert {f.file for f in report.findings} == {__file__}
-    assert report.ok == all(severity != "error" for _, _, severity, _ in expected(subject))
+    assert report.ok == all(severity != "error" for _, _, severity, _ in wanted)
 
 
 @pytest.mark.parametrize("subject", cases("clean"))
@@ -423,7 +433,7 @@ def test_clean_code_comes_out_clean(subject):
 )
 def test_a_write_is_found_whether_or_not_the_input_requires_a_gradient(subject, require_grad):
     report = check(subject, x.clone().requires_grad_(require_grad), only=("writes",))
-    assert {(f.line, f.rule, f.severity) for f in report.findings} >= {entry[:3] for entry in expected(subject)}
+    assert {(f.line, f.rule, f.severity) for f in report.findings} >= {entry[:3] for entry in expected(subject)[0]}
 
 
 def test_a_store_over_several_lines_is_found_where_its_statement_stands():
