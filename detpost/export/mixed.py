@@ -49,7 +49,8 @@ class Mixture:
         self._other_makers = {name: node for node in self.other.graph.node for name in node.output if name}
         self._other_weights = {tensor.name: tensor for tensor in self.other.graph.initializer}
         self._other_inputs = {value.name for value in self.other.graph.input} - set(self._other_weights)
-        self._raw = {name: raw for name in (*self._makers, *self._inputs) if (raw := self._before_rounding(name))}
+        computed = [name for name, node in self._makers.items() if not self._is_constant(node)]
+        self._raw = {name: raw for name in (*computed, *self._inputs) if (raw := self._before_rounding(name))}
         self._views = self._views_of_raw()
         self.candidates = tuple(name for name, node in self._named_nodes() if self._differs(node))
         if not self._raw.keys() & self._makers.keys():
@@ -123,8 +124,14 @@ class Mixture:
                 return found
             if node.input[0] in self._own_inputs(name):
                 return found
+            before = self._other_makers.get(node.input[0])
+            if node.op_type == "DequantizeLinear" and (before is None or before.op_type != "QuantizeLinear"):
+                return found  # an operator of whole numbers made it: there is no float value before
             found = node.input[0]
         return found
+
+    def _is_constant(self, node: onnx.NodeProto) -> bool:
+        return node.op_type == "Constant" or (node.op_type == "Identity" and node.input[0] in self._weights)
 
     def _own_inputs(self, name: str) -> set[str]:
         """Name the inputs of the reference's own node: a cast or copy of the reference's is no rounding."""
@@ -148,6 +155,15 @@ class Mixture:
                         waiting.append(out)
             found[name] = views
         return found
+
+    def _is_low(self, name: str) -> bool:
+        """Tell whether a value is in fewer bits itself: what reads it goes on to, from what was kept."""
+        maker = self._other_makers.get(name)
+        if maker is None or maker.op_type not in ("QuantizeLinear", "Cast"):
+            return False
+        kinds = import_onnx().TensorProto
+        to = next((a.i for a in maker.attribute if a.name == "to"), kinds.FLOAT)
+        return maker.op_type == "QuantizeLinear" or to in (kinds.FLOAT16, kinds.BFLOAT16)
 
     def _differs(self, node: onnx.NodeProto) -> bool:
         """Tell whether a node of the network's arithmetic is another in the other graph."""
@@ -209,7 +225,9 @@ class Mixture:
         model = onnx.ModelProto()
         model.CopyFrom(self.other)
         graph = model.graph
-        renamed = {view: KEPT + name for name in replaced for view in self._views.get(name, ())}
+        renamed = {
+            view: KEPT + name for name in replaced for view in self._views.get(name, ()) if not self._is_low(view)
+        }
         for node in graph.node:
             inputs = [renamed.get(name, name) for name in node.input]
             del node.input[:]

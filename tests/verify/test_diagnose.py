@@ -114,6 +114,33 @@ def test_a_mixture_of_all_that_differs_is_the_float_graph_and_of_nothing_the_oth
         assert disagreement(on_scenes().detect(low), on_scenes().detect(mixture.build(())), 0.3) == 0
 
 
+@pytest.mark.parametrize("kind", ["operators of whole numbers", "dynamic"])
+def test_files_of_stock_tools_are_put_back_into_float_too(kind, tmp_path):
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_dynamic, quantize_static
+
+    class Reader(CalibrationDataReader):
+        def __init__(self):
+            self.left = on_scenes().arrays()
+
+        def get_next(self):
+            return next(self.left, None)
+
+    if kind == "dynamic":
+        quantize_dynamic(tiny_file(), tmp_path / "few.onnx")
+    else:
+        kinds = ["Conv", "MatMul"]
+        options = {"quant_format": QuantFormat.QOperator, "op_types_to_quantize": kinds}
+        quantize_static(tiny_file(), tmp_path / "few.onnx", Reader(), **options)
+    reference, other = onnx.load(tiny_file()), onnx.load(tmp_path / "few.onnx")
+    mixture = Mixture(reference, other)
+    half = [on_scenes().detect(mixture.build(mixture.candidates[part])) for part in (slice(0, 40), slice(40, None))]
+    every = on_scenes().detect(mixture.build(mixture.candidates))
+    expected = on_scenes().detect(reference)
+    apart = disagreement(expected, on_scenes().detect(other), 0.3)
+    assert disagreement(expected, every, 0.3) < 0.1 * apart
+    assert all(len(found) == len(scenes()) for found in half)
+
+
 def test_a_graph_against_itself_has_no_candidates():
     assert Mixture(float_model(), float_model()).candidates == ()
 
