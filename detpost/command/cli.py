@@ -45,6 +45,7 @@ MODEL_HELP = f"tiny, a transformers directory or hub id, kornia:MODEL, or a file
 SOURCE_HELP = "tiny, a transformers directory or hub id, kornia:MODEL, or post for a bare decode."
 BACKEND_HELP = "What runs a network: eager, compile, onnx, openvino or cudagraph."
 FORMAT_HELP = "coco, jsonl, csv or parquet; may be repeated."
+MERGE_HELP = "With --tiles: how boxes that overlap become one: nmm (they grow; the default), nms or wbf (their mean)."
 CATEGORIES_HELP = "How classes find their category in the annotations: auto, name, order or label."
 IO_HELP = "What its runner takes: detpost (default), rtdetr, efficientnms, deepstream, ultralytics, frigate, roboflow."
 MASKS_HELP = "Give masks too: network in its own size (logits), image in pixels of the image (bool)."
@@ -135,6 +136,9 @@ def detect(
     strict: Annotated[bool, typer.Option("--strict", help="Exit status 1 if an image was skipped.")] = False,
     max_pixels: Annotated[int, typer.Option(help="Images with more pixels are skipped.")] = 178_956_970,
     workers: Annotated[int | None, typer.Option(help="Threads that decode images; one per core, at most 4.")] = None,
+    tiles: Annotated[int | None, typer.Option(help="Cut larger images into tiles of so many pixels, too.")] = None,
+    overlap: Annotated[float | None, typer.Option(help="With --tiles: which part neighbours share; 0.2.")] = None,
+    merge_by: Annotated[str | None, typer.Option("--merge", help=MERGE_HELP)] = None,
     engine: Annotated[str, typer.Option(help="What runs it: local (this process), or ray (Ray Data).")] = "local",
     address: Annotated[str | None, typer.Option(help="With ray: a cluster to join; started here by default.")] = None,
     actors: Annotated[int | None, typer.Option(help="With ray: detectors; one a GPU, or for two processors.")] = None,
@@ -165,7 +169,7 @@ def detect(
         trust_remote_code=trust_remote_code,
         allow_pickle=allow_pickle,
     )
-    only_local = _given(draw=draw or None, workers=workers)
+    only_local = _given(draw=draw or None, workers=workers, tiles=tiles, overlap=overlap, merge=merge_by)
     only_ray = _given(address=address, actors=actors, name_column=name_column, image_column=image_column)
     for name in only_ray if engine == "local" else only_local:
         raise ValueError(f"--engine {engine} takes no --{name.replace('_', '-')}: leave it out")
@@ -178,6 +182,7 @@ def detect(
         from detpost.runs.find_images import find_images
 
         source = find_images(images)
+        only_local = _with_tiling(only_local)
     _quiet_pillow()
     with show.progress("images") as tell, show.resumable(out):
         summary = run(source, out, **options, **only_local, **only_ray, progress=tell)
@@ -595,6 +600,19 @@ def conform(
         show.console.print(str(report), highlight=False, markup=False, soft_wrap=True)
     if not report.ok:
         raise typer.Exit(1)
+
+
+def _with_tiling(options: dict[str, Any]) -> dict[str, Any]:
+    """Give the options of a run, those of tiles as one."""
+    given = {name: options[name] for name in ("tiles", "overlap", "merge") if name in options}
+    if not given:
+        return options
+    if "tiles" not in given:
+        raise ValueError(f"--{next(iter(given))} goes with --tiles: say how large a tile is, as --tiles 640")
+    from detpost.runs.tiles import Tiling
+
+    rest = {name: value for name, value in options.items() if name not in given}
+    return {**rest, "tiling": Tiling(size=given.pop("tiles"), **given)}
 
 
 def _quiet_pillow() -> None:

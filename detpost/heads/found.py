@@ -64,7 +64,8 @@ class Found:
             (n, height, width), bool, on the CPU, in the order of the slots.
         """
         assert self.masks is not None
-        for slots in torch.split(kept_slots(valid), _AT_A_TIME):
+        kept = kept_slots(valid)
+        for slots in torch.split(kept, _AT_A_TIME) if len(kept) else ():
             yield self._upsampled(index, size, slots)
 
     def beside_of(self, index: int, size: tuple[int, int], valid: Tensor, encoded: bool) -> dict[str, Any]:

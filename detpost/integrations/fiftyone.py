@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from detpost.heads.masks import mask_of_rle
+
 __all__ = ["add_results", "model", "read_results"]
 
 _COLUMNS = ["file_name", "width", "height", "boxes", "scores", "label_names", "masks", "error"]
@@ -152,7 +154,7 @@ def _of_prediction(fiftyone: Any, found: Mapping[str, Any], image: npt.NDArray[A
 
 def _of_row(fiftyone: Any, row: Mapping[str, Any]) -> Any:
     masks = row["masks"]
-    decoded = None if masks is None else [_decoded(mask["counts"], mask["size"]) for mask in masks]
+    decoded = None if masks is None else [mask_of_rle(mask["counts"], mask["size"]) for mask in masks]
     size = (row["height"], row["width"])
     return _labels(fiftyone, size, row["boxes"], row["scores"], row["label_names"], decoded)
 
@@ -180,21 +182,3 @@ def _within(mask: npt.NDArray[np.bool_], box: tuple[float, float, float, float])
     left, top = (min(max(0, int(value)), side - 1) for value, side in zip(box[:2], (width, height), strict=True))
     right, bottom = max(left + 1, int(np.ceil(box[2]))), max(top + 1, int(np.ceil(box[3])))
     return mask[top:bottom, left:right]
-
-
-def _decoded(counts: str, size: Sequence[int]) -> npt.NDArray[np.bool_]:
-    """Decode COCO's compressed run lengths to a mask (height, width); ``rleFrString`` of the COCO API."""
-    runs: list[int] = []
-    value = shift = 0
-    for character in counts.encode("ascii"):
-        bits = character - 48
-        value, shift = value | (bits & 0x1F) << shift, shift + 5
-        if bits & 0x20:
-            continue
-        if bits & 0x10:  # negative
-            value = value - (1 << shift)
-        runs.append(value + (runs[-2] if len(runs) > 2 else 0))  # from the fourth on as differences to the last but one
-        value = shift = 0
-    height, width = size
-    flat = np.repeat(np.arange(len(runs)) % 2 == 1, runs)
-    return flat.reshape(width, height).T

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from detpost.export.heads import name_in_results
-from detpost.images import PreparedImage
+from detpost.runs.tiles import Tiling, detect_tiles
 
 if TYPE_CHECKING:
     from detpost.detector import Detector
@@ -22,9 +23,17 @@ _OF_BOXES = frozenset({"scores", "labels", "boxes", "names"})
 # What a network or a processor raises on an image that it cannot take, as one a pixel wide.
 _CANNOT_TAKE = (RuntimeError, ValueError, ZeroDivisionError)
 
+# Detects in images that were read.
+Run = Callable[[Sequence["Loaded"]], list[dict[str, Any]]]
+
 
 def detect_batch(
-    detector: Detector, batch: Sequence[Loaded], ids: Mapping[str, int], alone_may_fail: bool
+    detector: Detector,
+    batch: Sequence[Loaded],
+    ids: Mapping[str, int],
+    alone_may_fail: bool,
+    tiling: Tiling | None = None,
+    inputs: int = 1,
 ) -> list[dict[str, Any]]:
     """Detect in a batch.
 
@@ -34,6 +43,8 @@ def detect_batch(
         ids: the number of each image.
         alone_may_fail: whether images have gone through before, so that one that does not go through is the image's
             fault and must not end a run over a million others.
+        tiling: how the images were cut; ``None`` where they were not, and go through the network together.
+        inputs: most that go through it at once where they were.
 
     Returns:
         A row for each image: its name, number, size and time of the last change, and what was found or why not.
@@ -41,7 +52,8 @@ def detect_batch(
     Raises:
         RuntimeError, ValueError, ZeroDivisionError: no image has gone through yet, and none of these does.
     """
-    outcomes = _outcomes(detector, batch)
+    run = partial(_detect, detector) if tiling is None else partial(_detect_cut, detector, tiling, inputs)
+    outcomes = _outcomes(run, batch)
     tried = [outcome for outcome in outcomes if not isinstance(outcome, str)]
     failures = [outcome for outcome in tried if isinstance(outcome, Exception)]
     if failures and len(failures) == len(tried) and not alone_may_fail:
@@ -65,27 +77,36 @@ def names_beside(row: Mapping[str, Any]) -> list[str]:
     return [name for name in row if isinstance(row[name], list) and name not in _OF_BOXES]
 
 
-def _outcomes(detector: Detector, batch: Sequence[Loaded]) -> list[dict[str, Any] | Exception | str]:
+def _outcomes(run: Run, batch: Sequence[Loaded]) -> list[dict[str, Any] | Exception | str]:
     """Give what was found in each image, what it raised, or why it could not be read."""
-    found = iter(_predict(detector, [loaded.ready for loaded in batch if loaded.ready is not None]))
+    found = iter(_predict(run, [loaded for loaded in batch if loaded.ready is not None]))
     return [
         next(found) if loaded.ready is not None else loaded.failure[0] if loaded.failure else loaded.error
         for loaded in batch
     ]
 
 
-def _predict(detector: Detector, images: Sequence[PreparedImage]) -> list[dict[str, Any] | Exception]:
+def _predict(run: Run, images: Sequence[Loaded]) -> list[dict[str, Any] | Exception]:
     """Run the detector; where a batch does not go through, each image alone."""
     if not images:
         return []
     try:
-        return [*detector.predict_ready(images, encode_masks=True)]
+        return [*run(images)]
     except torch.OutOfMemoryError:
         raise
     except _CANNOT_TAKE as error:
         if len(images) == 1:
             return [error]
-    return [outcome for image in images for outcome in _predict(detector, [image])]
+    return [outcome for image in images for outcome in _predict(run, [image])]
+
+
+def _detect(detector: Detector, images: Sequence[Loaded]) -> list[dict[str, Any]]:
+    return detector.predict_ready([loaded.ready for loaded in images if loaded.ready is not None], encode_masks=True)
+
+
+def _detect_cut(detector: Detector, tiling: Tiling, inputs: int, images: Sequence[Loaded]) -> list[dict[str, Any]]:
+    whole = [(loaded.ready, loaded.tiles) for loaded in images if loaded.ready is not None]
+    return detect_tiles(detector, whole, tiling, inputs)
 
 
 def _row(loaded: Loaded, outcome: dict[str, Any] | Exception | str, image_id: int) -> dict[str, Any]:

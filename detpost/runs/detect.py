@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ from detpost.runs.pictures import PICTURES, Pictures, forget_pictures
 from detpost.runs.reading import Reader, identity_of
 from detpost.runs.results import Report, Rows, Skipped, check_formats
 from detpost.runs.settings import check_settings, settings_of, with_spec
+from detpost.runs.tiles import Tiling
 
 if TYPE_CHECKING:
     from detpost.detector import Detector
@@ -77,6 +79,7 @@ def detect(
     fresh: bool = False,
     max_pixels: int = MAX_PIXELS,
     workers: int | None = None,
+    tiling: Tiling | None = None,
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
     progress: Progress | None = None,
@@ -94,7 +97,7 @@ def detect(
         model: as :meth:`detpost.Detector.load` takes it.
         backend: as :meth:`detpost.Detector.load` takes it.
         device: as :meth:`detpost.Detector.load` takes it.
-        batch_size: most images that go through the network at once.
+        batch_size: most images, or tiles of them, that go through the network at once.
         threshold: detections with ``score > threshold`` are kept.
         formats: ``"coco"`` (``detections.json``, COCO results, and ``images.json``, the images and categories they
             refer to), ``"jsonl"`` (``detections.jsonl``, one image per line), ``"csv"`` (``detections.csv``, one
@@ -106,6 +109,7 @@ def detect(
         fresh: drop what an earlier run left, and start over.
         max_pixels: images with more are skipped.
         workers: threads that decode, and as many that draw; ``None`` takes one for each core, at most 4.
+        tiling: cuts images into tiles, which go through the network beside the whole image; ``None``: the whole alone.
         trust_remote_code: as :meth:`detpost.Detector.load` takes it.
         allow_pickle: as :meth:`detpost.Detector.load` takes it.
         progress: called with how many images are done and how many there are, at the start and after each batch.
@@ -131,7 +135,7 @@ def detect(
     truth = None if annotations is None else read_annotations(annotations)
     given_ids = None if truth is None else match_images(truth["images"], names, str(annotations))
     folder = Path(out)
-    settings = settings_of(model, backend, threshold, trust_remote_code)
+    settings = settings_of(model, backend, threshold, trust_remote_code, tiling)
     folder.mkdir(parents=True, exist_ok=True)
     threads = workers or min(4, os.cpu_count() or 1)
     _leave_to_ray(folder, fresh)
@@ -149,10 +153,11 @@ def detect(
             )
             _begin(journal, settings, detector, folder, fresh)
             kept = originals if draw else None
-            reader = Reader(root, detector.prepare, batch_size, max_pixels, threads, memory, kept)
+            reader = Reader(root, detector.prepare, batch_size, max_pixels, threads, memory, kept, tiling)
             pictures = _pictures(folder, names, pending, draw)
             with Finisher(journal, kept, pictures, threads) as finisher:
-                _run(detector, journal, reader, finisher, names, pending, progress or (lambda done, total: None))
+                find = partial(detect_batch, detector, tiling=tiling, inputs=batch_size)
+                _run(find, journal, reader, finisher, names, pending, progress or (lambda done, total: None))
         if draw:
             drawn = draw_missing(journal, originals, Pictures(folder, names), names, threads)
         assert journal.header is not None
@@ -234,7 +239,7 @@ def _pictures(folder: Path, names: Sequence[str], pending: Sequence[str], draw: 
 
 
 def _run(
-    detector: Detector,
+    find: Callable[..., list[dict[str, Any]]],
     journal: Journal,
     reader: Reader,
     finisher: Finisher,
@@ -248,7 +253,7 @@ def _run(
     tell(done, len(names))
     with contextlib.closing(reader.batches(pending)) as batches:
         for batch in batches:
-            rows = detect_batch(detector, batch, ids, alone_may_fail=gone_through)
+            rows = find(batch, ids, alone_may_fail=gone_through)
             gone_through = True
             finished = finisher.start(batch, rows)
             if finished:

@@ -16,6 +16,7 @@ from detpost.image_files import UprightImage, decoding_bytes, open_image
 from detpost.images import FileRows, Prepare, PreparedImage, Rows, TensorRows, opened
 from detpost.runs.memory import Memory
 from detpost.runs.originals import Originals
+from detpost.runs.tiles import INPUTS_AT_ONCE, Tile, Tiling, cut
 
 __all__ = ["Loaded", "Reader", "identity_of", "load_content", "load_pixels"]
 
@@ -34,6 +35,7 @@ class Loaded(NamedTuple):
         error: why it could not be read; empty where it could.
         failure: what preparing it raised, and its (height, width).
         picture: (3, H, W), uint8, to draw on, where that was asked for and there was room.
+        tiles: what the network takes beside the whole image, where it is cut.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Loaded(NamedTuple):
     error: str = ""
     failure: tuple[Exception, tuple[int, int]] | None = None
     picture: Tensor | None = None
+    tiles: tuple[Tile, ...] = ()
 
     @property
     def rgb_bytes(self) -> int:
@@ -71,6 +74,7 @@ class Reader:
         workers: threads.
         memory: room for what is decoded at once.
         originals: keeps images to draw on; ``None`` where nothing is drawn.
+        tiling: how images are cut; ``None`` where they are not.
     """
 
     def __init__(
@@ -82,10 +86,12 @@ class Reader:
         workers: int,
         memory: Memory,
         originals: Originals | None,
+        tiling: Tiling | None = None,
     ) -> None:
         self._root, self._prepare = root, prepare
         self._batch_size, self._max_pixels, self._workers = batch_size, max_pixels, workers
-        self._memory, self._originals = memory, originals
+        self._memory, self._originals, self._tiling = memory, originals, tiling
+        self._most_tiles = INPUTS_AT_ONCE * batch_size
 
     def batches(self, names: Sequence[str]) -> Generator[list[Loaded], None, None]:
         """Give batches in order, read ahead by threads.
@@ -99,12 +105,11 @@ class Reader:
         try:
             batch: list[Loaded] = []
             while True:
-                ahead = itertools.islice(rest, 2 * self._batch_size + self._workers - len(waiting))
+                ahead = itertools.islice(rest, self._ahead(waiting))
                 waiting.extend(pool.submit(self.read, name) for name in ahead)
                 if waiting:
                     batch.append(waiting.popleft().result())
-                size = sum(loaded.rgb_bytes for loaded in batch)
-                if batch and (len(batch) == self._batch_size or size >= BATCH_BYTES or not waiting):
+                if batch and (self._is_full(batch) or not waiting):
                     yield batch
                     batch = []
                 elif not waiting:
@@ -114,6 +119,21 @@ class Reader:
             raise
         finally:
             pool.shutdown(cancel_futures=True)
+
+    def _is_full(self, batch: Sequence[Loaded]) -> bool:
+        size = sum(loaded.rgb_bytes for loaded in batch)
+        tiles = sum(len(loaded.tiles) for loaded in batch)
+        return len(batch) == self._batch_size or size >= BATCH_BYTES or tiles >= self._most_tiles
+
+    def _ahead(self, waiting: Sequence[Future[Loaded]]) -> int:
+        """Say how many more images may be read: where they are cut, as long as a batch's tiles do not wait yet."""
+        most = 2 * self._batch_size + self._workers - len(waiting)
+        if self._tiling is None:
+            return most
+        done = [future.result() for future in waiting if future.done()]
+        if sum(len(loaded.tiles) for loaded in done) >= self._most_tiles:
+            return 0
+        return max(0, min(most, self._workers + 1 - (len(waiting) - len(done))))
 
     def read(self, name: str) -> Loaded:
         """Read one image; what is wrong with it is part of the answer."""
@@ -131,13 +151,13 @@ class Reader:
         return Loaded(name, *identity, error=reason)
 
     def _decode(self, path: Path, loaded: Loaded) -> Loaded:
-        with open_image(path, self._max_pixels) as file, self._memory.working(decoding_bytes(file)):
+        with open_image(path, self._max_pixels) as file, self._memory.working(self._bytes_of(file)):
             try:
                 image: Rows = FileRows(UprightImage(file))
                 picture = self._originals.keep(image) if self._originals else None
                 if picture is not None and picture.shape[1:] == (image.height, image.width):
                     image = TensorRows(picture)
-                prepared = _prepared(image, loaded, self._prepare)
+                prepared = _prepared(image, loaded, self._prepare, self._tiling)
                 if prepared.ready is not None:
                     return prepared._replace(picture=picture)
                 if self._originals:
@@ -145,6 +165,11 @@ class Reader:
                 return prepared
             finally:
                 file.close()  # the pixels go before their room does
+
+    def _bytes_of(self, file: Any) -> int:
+        """Tell how much memory decoding takes, and a row of tiles as RGB, whichever way the image is turned."""
+        row = 0 if self._tiling is None else 3 * self._tiling.size * max(file.size)
+        return decoding_bytes(file) + row
 
 
 def load_content(name: str, content: bytes, prepare: Prepare, max_pixels: int) -> Loaded:
@@ -169,8 +194,9 @@ def load_pixels(name: str, pixels: Any, prepare: Prepare, max_pixels: int) -> Lo
         return loaded._replace(error=" ".join(str(error).split()))
 
 
-def _prepared(image: Rows, loaded: Loaded, prepare: Prepare) -> Loaded:
+def _prepared(image: Rows, loaded: Loaded, prepare: Prepare, tiling: Tiling | None = None) -> Loaded:
     try:
-        return loaded._replace(ready=prepare.one(image))
+        tiles = () if tiling is None else cut(image, tiling, prepare)
+        return loaded._replace(ready=prepare.one(image), tiles=tiles)
     except (RuntimeError, ValueError, ZeroDivisionError) as error:
         return loaded._replace(failure=(error, (image.height, image.width)))

@@ -15,12 +15,19 @@ from detpost.integrations.model_names import ModelName, look_up, spelled_alike
 from detpost.integrations.packages import package_model
 
 if TYPE_CHECKING:
+    from detpost.runs.tiles import Tiling
     from detpost.spec import DecodeSpec
 
 __all__ = ["check_settings", "settings_of", "with_spec"]
 
 
-def settings_of(model: str | Path, backend: str, threshold: float, trust_remote_code: bool = False) -> dict[str, Any]:
+def settings_of(
+    model: str | Path,
+    backend: str,
+    threshold: float,
+    trust_remote_code: bool = False,
+    tiling: Tiling | None = None,
+) -> dict[str, Any]:
     """Give what decides the results, without loading the model.
 
     Args:
@@ -28,9 +35,11 @@ def settings_of(model: str | Path, backend: str, threshold: float, trust_remote_
         backend: likewise.
         threshold: likewise.
         trust_remote_code: likewise.
+        tiling: how images are cut; ``None`` where they are not.
 
     Returns:
-        ``model``, ``model_identity`` (of its files, or the hub's commit), ``backend`` and ``threshold``.
+        ``model``, ``model_identity`` (of its files, or the hub's commit), ``backend``, ``threshold``, and ``tiles``
+        where images are cut.
 
     Raises:
         OSError: no such model.
@@ -49,6 +58,7 @@ def settings_of(model: str | Path, backend: str, threshold: float, trust_remote_
         # A file's format decides for itself.
         "backend": format_of(model).ending[1:] if found.kind == "file" else backend,
         "threshold": threshold,
+        **({} if tiling is None else {"tiles": str(tiling)}),
     }
 
 
@@ -72,10 +82,11 @@ def check_settings(header: Mapping[str, Any] | None, settings: Mapping[str, Any]
     before = None if header is None else header["settings"]
     if before is None:
         return
-    for name in ("model_identity", "backend", "threshold", "spec"):
-        if name in settings and before[name] != settings[name]:
+    # The spec shows once the model is loaded; tiles are there where images are cut.
+    for name in ("model_identity", "backend", "threshold", "tiles", *(["spec"] if "spec" in settings else [])):
+        if before.get(name) != settings.get(name):
             shown = "model" if name == "model_identity" else name
-            theirs, ours = before[shown], settings[shown]
+            theirs, ours = before.get(shown, "none"), settings.get(shown, "none")
             other = "the model's file has changed" if theirs == ours else f"{shown} {theirs}, not {ours}"
             raise ValueError(f"{folder} holds a run with other settings ({other}): take another folder, or --fresh")
 

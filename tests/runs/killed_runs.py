@@ -1,12 +1,12 @@
 """Runs of detect that are killed at chosen moments, for test_detect: one process loads the model and forks each run.
 
-    python killed_runs.py IMAGES OUT POINT...
+    python killed_runs.py IMAGES OUT [tiles:SIZE] POINT...
 
 A point is ``write:CALL:BYTES`` (die in the CALL-th write to the journal after BYTES of it, counted from its end
 where negative), ``synced:CALL`` (after the write has reached the disk), ``replace:CALL`` (before the CALL-th result
 file moves into place) or ``picture:CALL`` (before the CALL-th picture does). Each point runs in OUT/POINT until it
 dies, then runs again to the end. Prints one JSON line per point: how it died, how many images were finished then, how
-many images went through the detector afterwards.
+many images (tiles among them) went through the detector afterwards.
 """
 
 import json
@@ -28,6 +28,7 @@ import detpost.runs.results as results  # noqa: E402
 from detpost.detections import import_supervision  # noqa: E402
 from detpost.detector import Detector  # noqa: E402
 from detpost.runs.journal import Journal  # noqa: E402
+from detpost.runs.tiles import Tiling  # noqa: E402
 
 OPTIONS = {
     "batch_size": 3,
@@ -90,12 +91,16 @@ def main(images, out, *points):
     detector = Detector.load("tiny", device="cpu", threshold=OPTIONS["threshold"])
     Detector.load = lambda *_, **__: detector
     predict = detector.predict_ready
+    options = OPTIONS
+    if points[0].startswith("tiles:"):
+        first, *points = points
+        options = {**OPTIONS, "tiling": Tiling(int(first.removeprefix("tiles:")))}
     for point in points:
         folder = Path(out) / point.replace(":", "_")
 
         def first(point=point, folder=folder):
             arm(point)
-            subject.detect([images], folder, **OPTIONS)
+            subject.detect([images], folder, **options)
 
         def second(folder=folder):
             count = []
@@ -105,7 +110,7 @@ def main(images, out, *points):
                 return predict(batch, encode_masks)
 
             detector.predict_ready = counting
-            summary = subject.detect([images], folder, **OPTIONS)
+            summary = subject.detect([images], folder, **options)
             (folder.parent / f"{folder.name}.json").write_text(json.dumps([len(count), summary.resumed]))
 
         died = 0 if point == "never:0" else forked(first)

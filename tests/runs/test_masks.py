@@ -80,6 +80,13 @@ def test_detect_writes_run_lengths(tmp_path, file, scenes):
     assert line["detections"][0]["segmentation"] == rows[0]["segmentation"]
 
 
+def test_an_image_without_a_detection_has_no_mask_and_is_not_skipped(tmp_path, file):
+    Image.new("RGB", (40, 30)).save(tmp_path / "dark.png")
+    detect([tmp_path / "dark.png"], tmp_path, model=file, threshold=0.99)
+    summary = detect([tmp_path / "dark.png"], tmp_path, model=file, threshold=0.99)
+    assert (summary.images, summary.detections, summary.skipped) == (1, 0, ())
+
+
 def test_masks_go_through_parquet_and_the_merge(tmp_path, file, scenes):
     pytest.importorskip("pyarrow")
     detect([scenes], tmp_path, model=file, formats=("coco", "parquet"))
