@@ -45,6 +45,8 @@ MODEL_HELP = f"tiny, a transformers directory or hub id, kornia:MODEL, or a file
 SOURCE_HELP = "tiny, a transformers directory or hub id, kornia:MODEL, or post for a bare decode."
 BACKEND_HELP = "What runs a network: eager, compile, onnx, openvino or cudagraph."
 FORMAT_HELP = "coco, jsonl, csv or parquet; may be repeated."
+# As detpost.runs.detect.MAX_PIXELS, whose import waits for torch.
+_MAX_PIXELS = 178_956_970
 MERGE_HELP = "With --tiles: how boxes that overlap become one: nmm (they grow; the default), nms or wbf (their mean)."
 CATEGORIES_HELP = "How classes find their category in the annotations: auto, name, order or label."
 IO_HELP = "What its runner takes: detpost (default), rtdetr, efficientnms, deepstream, ultralytics, frigate, roboflow."
@@ -119,7 +121,7 @@ def check(
 
 @app.command(short_help="Detect in a folder of any size; interrupted runs go on.")
 def detect(
-    images: Annotated[list[str], typer.Argument(help="Folders, files or glob patterns.")],
+    images: Annotated[list[str], typer.Argument(help="Folders, files or glob patterns; or one video.")],
     model: Annotated[str, typer.Option(help=MODEL_HELP)] = "tiny",
     backend: Annotated[str, typer.Option(help=BACKEND_HELP)] = "eager",
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; CUDA where there is one.")] = None,
@@ -134,11 +136,14 @@ def detect(
     categories: Annotated[str, typer.Option(help=CATEGORIES_HELP)] = "auto",
     fresh: Annotated[bool, typer.Option("--fresh", "--overwrite", help="Drop an earlier run and start over.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Exit status 1 if an image was skipped.")] = False,
-    max_pixels: Annotated[int, typer.Option(help="Images with more pixels are skipped.")] = 178_956_970,
+    max_pixels: Annotated[int, typer.Option(help="Images with more pixels are skipped.")] = _MAX_PIXELS,
     workers: Annotated[int | None, typer.Option(help="Threads that decode images; one per core, at most 4.")] = None,
     tiles: Annotated[int | None, typer.Option(help="Cut larger images into tiles of so many pixels, too.")] = None,
     overlap: Annotated[float | None, typer.Option(help="With --tiles: which part neighbours share; 0.2.")] = None,
     merge_by: Annotated[str | None, typer.Option("--merge", help=MERGE_HELP)] = None,
+    stride: Annotated[int | None, typer.Option(help="Of a video: take each how manieth frame; 1.")] = None,
+    start: Annotated[float | None, typer.Option(help="Of a video: from how many seconds on.")] = None,
+    end: Annotated[float | None, typer.Option(help="Of a video: until how many seconds.")] = None,
     engine: Annotated[str, typer.Option(help="What runs it: local (this process), or ray (Ray Data).")] = "local",
     address: Annotated[str | None, typer.Option(help="With ray: a cluster to join; started here by default.")] = None,
     actors: Annotated[int | None, typer.Option(help="With ray: detectors; one a GPU, or for two processors.")] = None,
@@ -149,9 +154,13 @@ def detect(
 ) -> None:
     """Detect in a folder of any size; an interrupted run goes on where it stopped when started again.
 
+    A video, a file or the address of a stream, gives a line for each frame; it starts over when started again.
+
     With --engine ray on Ray Data, on this machine or on a cluster: folders, addresses as s3://bucket/photos, Parquet
     files and webdataset's tar files.
     """
+    from detpost.runs.video import is_video
+
     look_up(model)
     if engine not in ("local", "ray"):
         raise ValueError(f"unknown engine {engine!r}: take local or ray")
@@ -161,14 +170,26 @@ def detect(
         device=device,
         batch_size=batch,
         threshold=threshold,
-        formats=formats or (["coco"] if engine == "local" else ["parquet"]),
-        annotations=annotations,
-        categories=categories,
         fresh=fresh,
-        max_pixels=max_pixels,
         trust_remote_code=trust_remote_code,
         allow_pickle=allow_pickle,
     )
+    of_video = _given(stride=stride, start=start, end=end)
+    if any(map(is_video, images)):
+        unfit = _given(
+            annotations=annotations,
+            categories=None if categories == "auto" else categories,
+            max_pixels=None if max_pixels == _MAX_PIXELS else max_pixels,
+            workers=workers,
+            engine=None if engine == "local" else engine,
+        )
+        in_parts = _with_tiling(_given(tiles=tiles, overlap=overlap, merge=merge_by))
+        _detect_in_video(images, out, unfit, strict, {**options, **of_video, **in_parts}, formats, draw)
+        return
+    for name in of_video:
+        raise ValueError(f"--{name} is for a video: leave it out")
+    of_images = {"annotations": annotations, "categories": categories, "max_pixels": max_pixels}
+    options = {**options, **_given(**of_images, formats=formats or (["coco"] if engine == "local" else ["parquet"]))}
     only_local = _given(draw=draw or None, workers=workers, tiles=tiles, overlap=overlap, merge=merge_by)
     only_ray = _given(address=address, actors=actors, name_column=name_column, image_column=image_column)
     for name in only_ray if engine == "local" else only_local:
@@ -599,6 +620,28 @@ def conform(
             Path(json_file).write_text(report.to_json() + "\n")
         show.console.print(str(report), highlight=False, markup=False, soft_wrap=True)
     if not report.ok:
+        raise typer.Exit(1)
+
+
+def _detect_in_video(
+    sources: list[str],
+    out: str,
+    unfit: dict[str, Any],
+    strict: bool,
+    options: dict[str, Any],
+    formats: list[str] | None,
+    draw: bool,
+) -> None:
+    from detpost.runs.video import detect_video
+
+    if len(sources) > 1:
+        raise ValueError(f"a video goes alone; got {len(sources)} sources: name one")
+    for name in unfit:
+        raise ValueError(f"a video takes no --{name.replace('_', '-')}: leave it out")
+    with show.progress("frames") as tell:
+        summary = detect_video(sources[0], out, **options, formats=formats or ["jsonl"], draw=draw, progress=tell)
+    show.print_video(summary)
+    if strict and (summary.stopped or summary.unreadable):
         raise typer.Exit(1)
 
 

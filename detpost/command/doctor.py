@@ -25,6 +25,7 @@ _OPTIONAL = {
     "supervision": ("viz", "drawing"),
     "matplotlib": ("viz", "plots"),
     "faster_coco_eval": ("eval", "COCO evaluation"),
+    "av": ("video", "video"),
 }
 _CORE = ("torch", "torchvision", "numpy", "kornia", "pillow", "typer", "rich")
 

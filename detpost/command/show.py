@@ -164,6 +164,14 @@ def print_merged(merged: Any) -> None:
     _print_files(f"{merged.images} images, {len(merged.skipped)} of them skipped", merged)
 
 
+def print_video(summary: Any) -> None:
+    """Print what was done with a video."""
+    for note in (summary.stopped, summary.unreadable and f"{summary.unreadable} packets could not be decoded"):
+        if note:
+            console.print(note, highlight=False, markup=False, soft_wrap=True)
+    _print_files(f"{summary.frames} frames", summary)
+
+
 def _print_files(count: str, summary: Any) -> None:
     files = ", ".join(str(file) for file in summary.files if file.name != "skipped.csv")
     line = f"{count}; {summary.detections} detections in {files}"

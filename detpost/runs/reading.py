@@ -18,7 +18,7 @@ from detpost.runs.memory import Memory
 from detpost.runs.originals import Originals
 from detpost.runs.tiles import INPUTS_AT_ONCE, Tile, Tiling, cut
 
-__all__ = ["Loaded", "Reader", "identity_of", "load_content", "load_pixels"]
+__all__ = ["Loaded", "Reader", "identity_of", "load_content", "load_pixels", "prepared"]
 
 # A batch ends early once its images, as RGB, have this many bytes.
 BATCH_BYTES = 512 * 1024**2
@@ -157,12 +157,12 @@ class Reader:
                 picture = self._originals.keep(image) if self._originals else None
                 if picture is not None and picture.shape[1:] == (image.height, image.width):
                     image = TensorRows(picture)
-                prepared = _prepared(image, loaded, self._prepare, self._tiling)
-                if prepared.ready is not None:
-                    return prepared._replace(picture=picture)
+                result = prepared(image, loaded, self._prepare, self._tiling)
+                if result.ready is not None:
+                    return result._replace(picture=picture)
                 if self._originals:
                     self._originals.let_go(picture)
-                return prepared
+                return result
             finally:
                 file.close()  # the pixels go before their room does
 
@@ -177,7 +177,7 @@ def load_content(name: str, content: bytes, prepare: Prepare, max_pixels: int) -
     loaded = Loaded(name, len(content), -1)
     try:
         with open_image(name, max_pixels, content) as file:
-            return _prepared(FileRows(UprightImage(file)), loaded, prepare)
+            return prepared(FileRows(UprightImage(file)), loaded, prepare)
     except OSError as error:
         return loaded._replace(error=str(error).removeprefix(f"cannot read image {name!r}: "))
 
@@ -189,12 +189,13 @@ def load_pixels(name: str, pixels: Any, prepare: Prepare, max_pixels: int) -> Lo
         with opened(pixels) as image:
             if image.height * image.width > max_pixels:
                 return loaded._replace(error=f"{image.width} x {image.height} pixels are more than {max_pixels}")
-            return _prepared(image, loaded, prepare)
+            return prepared(image, loaded, prepare)
     except (TypeError, ValueError) as error:
         return loaded._replace(error=" ".join(str(error).split()))
 
 
-def _prepared(image: Rows, loaded: Loaded, prepare: Prepare, tiling: Tiling | None = None) -> Loaded:
+def prepared(image: Rows, loaded: Loaded, prepare: Prepare, tiling: Tiling | None = None) -> Loaded:
+    """Do to a decoded image what the network's detector does, whole and in tiles; what it raises is in the answer."""
     try:
         tiles = () if tiling is None else cut(image, tiling, prepare)
         return loaded._replace(ready=prepare.one(image), tiles=tiles)

@@ -20,10 +20,23 @@ from detpost.runs.batches import beside_of, names_beside
 from detpost.runs.coco import match_categories
 from detpost.runs.parquet import TableWriter, import_pyarrow, schema, table_of
 
-__all__ = ["FORMATS", "PARQUET", "Report", "Rows", "Skipped", "check_formats", "replaced"]
+__all__ = [
+    "CSV_HEADER",
+    "FORMATS",
+    "PARQUET",
+    "Report",
+    "Rows",
+    "Skipped",
+    "check_formats",
+    "csv_rows",
+    "detections_of",
+    "replaced",
+]
 
 FORMATS = ("coco", "jsonl", "csv", "parquet")
 PARQUET = "detections.parquet"
+# Of each detection; which image it is of comes first.
+CSV_HEADER = ("label", "label_name", "score", "x1", "y1", "x2", "y2")
 # Rows that become one table of Arrow at a time.
 _TABLE_ROWS = 512
 
@@ -155,12 +168,7 @@ class Report:
                 name: row[name] for name in ("image_id", "file_name", "width", "height", "error") if name in row
             }
             if "error" not in row:
-                values = zip(row["labels"], row["names"], row["scores"], row["boxes"], strict=True)
-                names = ("label", "label_name", "score", "box")
-                found = [dict(zip(names, each, strict=True)) for each in values]
-                beside = beside_of(row)
-                found = [{**each, **{n: v[place] for n, v in beside.items()}} for place, each in enumerate(found)]
-                image = {**image, "detections": found}
+                image = {**image, "detections": detections_of(row)}
             file.write(json.dumps(image) + "\n")
 
     def _csv(self, file: Any) -> None:
@@ -168,11 +176,9 @@ class Report:
             left_out = ", ".join(sorted(self._beside))
             warnings.warn(f"CSV holds boxes and no {left_out}: coco and jsonl hold them", stacklevel=2)
         table = csv.writer(file, lineterminator="\n")
-        table.writerow(["image_id", "file_name", "label", "label_name", "score", "x1", "y1", "x2", "y2"])
+        table.writerow(["image_id", "file_name", *CSV_HEADER])
         for row in self._rows():
-            if "error" not in row:
-                values = zip(row["labels"], row["names"], row["scores"], row["boxes"], strict=True)
-                table.writerows([row["image_id"], row["file_name"], *each, *box] for *each, box in values)
+            table.writerows([row["image_id"], row["file_name"], *values] for values in csv_rows(row))
 
     def _parquet(self, file: Any) -> None:
         table = TableWriter(file, schema(self._known))
@@ -187,6 +193,21 @@ class Report:
     def _skipped_csv(self, file: Any) -> None:
         table = csv.writer(file, lineterminator="\n")
         table.writerows([("file_name", "reason"), *self.skipped])
+
+
+def detections_of(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Give the detections of a row of the journal as JSON lines have them."""
+    values = zip(row["labels"], row["names"], row["scores"], row["boxes"], strict=True)
+    found = [dict(zip(("label", "label_name", "score", "box"), each, strict=True)) for each in values]
+    beside = beside_of(row)
+    return [{**each, **{name: of[place] for name, of in beside.items()}} for place, each in enumerate(found)]
+
+
+def csv_rows(row: Mapping[str, Any]) -> Iterator[list[Any]]:
+    """Give a row of the journal as lines of CSV; none where it has an error."""
+    if "error" not in row:
+        values = zip(row["labels"], row["names"], row["scores"], row["boxes"], strict=True)
+        yield from ([*each, *box] for *each, box in values)
 
 
 def _batches(rows: Iterator[dict[str, Any]], size: int) -> Iterator[list[dict[str, Any]]]:
