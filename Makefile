@@ -65,7 +65,7 @@ EDGE_coreml := coremltools torch torchvision
 	$(PYTHON) -m venv --clear .venv-edge/$*
 	.venv-edge/$*/bin/python -m pip install --quiet --upgrade pip
 	PYTHONWARNINGS='ignore:Editable installation' \
-	.venv-edge/$*/bin/python -m pip install --quiet --no-compile $(EDGE_$*) pytest -e '.[hf]'
+	.venv-edge/$*/bin/python -m pip install --quiet --no-compile $(EDGE_$*) pytest hypothesis -e '.[hf]'
 	touch $@
 
 test-edge: $(EDGE_RUNNERS:%=.venv-edge/%/.installed)

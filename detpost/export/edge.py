@@ -1,6 +1,7 @@
 """Detectors for phones and boards: ExecuTorch, LiteRT and Core ML, whole or as a network with its decode in C++.
 
-All three take a program of ``torch.export``, whose decode is the definition in ``detpost.reference``.
+All three take a program of ``torch.export``, whose decode is the definition in ``detpost.reference``, with a sigmoid in
+float32: small runtimes have no float64.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ from detpost.export.selection_source import write_decode_source
 from detpost.export.source import ExportSource, evaluating, first_line
 from detpost.export.written import WrittenFile
 from detpost.images import Preprocessing
+from detpost.kernels.aten.selection import select_by_top_k
 from detpost.postprocess import DetectionPostProcessor, raw_outputs
+from detpost.reference import decode as reference
 from detpost.spec import DecodeSpec
 
 __all__ = ["to_coreml", "to_executorch", "to_litert"]
@@ -69,7 +72,7 @@ def to_litert(model: Any, out: str | Path, spec: DecodeSpec | None = None, **opt
         options: as :func:`to_executorch` takes them.
 
     Returns:
-        What was written, as of :func:`to_executorch`.
+        What was written, as of :func:`to_executorch`, but for the sizes, which LiteRT takes as int32.
 
     Raises:
         ImportError: litert-torch is missing.
@@ -88,7 +91,7 @@ def to_coreml(model: Any, out: str | Path, spec: DecodeSpec | None = None, **opt
         options: as :func:`to_executorch` takes them.
 
     Returns:
-        What was written, as of :func:`to_executorch`.
+        What was written, as of :func:`to_executorch`, but for whole numbers, which are int32 in Core ML.
 
     Raises:
         ImportError: coremltools is missing.
@@ -115,10 +118,11 @@ class _Decode(nn.Module):
 
     def __init__(self, spec: DecodeSpec) -> None:
         super().__init__()
-        self.post = DetectionPostProcessor(spec)
+        self.spec = spec
 
     def forward(self, pred_logits: Tensor, pred_boxes: Tensor, image_sizes: Tensor) -> tuple[Tensor, ...]:
-        found = self.post(pred_logits, pred_boxes, image_sizes)
+        steps = reference.Steps(select_by_top_k, sigmoid=torch.sigmoid)
+        found = reference.decode(pred_logits, pred_boxes, image_sizes, self.spec, steps)
         return found.labels, found.boxes, found.scores, found.valid
 
 
@@ -218,7 +222,7 @@ def _litert(module: nn.Module, example: Arguments, path: Path) -> None:
         import litert_torch
     except ImportError:
         raise _missing("litert-torch") from None
-    litert_torch.convert(module, example).export(str(path))
+    litert_torch.convert(_exported(module, example).module(), example).export(str(path))
 
 
 def _exported(module: nn.Module, example: Arguments) -> torch.export.ExportedProgram:
@@ -228,7 +232,25 @@ def _exported(module: nn.Module, example: Arguments) -> torch.export.ExportedPro
     for node in reversed(graph.nodes):
         if str(node.target).startswith("aten._assert"):
             graph.erase_node(node)
+        elif node.target is torch.ops.aten._is_all_true.default:
+            node.target = torch.ops.aten.all.default  # the same, and known to converters
     graph.eliminate_dead_code()
+    exported.graph_module.recompile()
+    return exported
+
+
+def _for_coreml(exported: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """Take out what only gives its input, unknown to the converter, and say of whole quotients that they are."""
+    graph = exported.graph_module.graph
+    for node in list(graph.nodes):
+        if node.target is torch.ops.aten.alias.default:
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+        elif node.target is torch.ops.aten.div.Tensor_mode and not node.meta["val"].is_floating_point():
+            with graph.inserting_after(node):
+                whole = graph.call_function(torch.ops.aten._to_copy.default, (node,), {"dtype": torch.int32})
+            whole.meta = dict(node.meta)
+            node.replace_all_uses_with(whole, delete_user_cb=lambda user, whole=whole: user is not whole)
     exported.graph_module.recompile()
     return exported
 
@@ -238,7 +260,9 @@ def _coreml(module: nn.Module, example: Arguments, path: Path) -> None:
         import coremltools
     except ImportError:
         raise _missing("coremltools") from None
-    exported = _exported(module, example).run_decompositions({})
+    table = torch.export.default_decompositions()
+    table.pop(torch.ops.aten.grid_sampler.default)  # type: ignore[no-untyped-call]  # the converter knows it, not its parts
+    exported = _for_coreml(_exported(module, example).run_decompositions(table))
     made = coremltools.convert(
         exported,
         convert_to="mlprogram",

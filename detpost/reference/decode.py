@@ -59,8 +59,16 @@ def _take_class(logits: Tensor, labels: Tensor) -> Tensor:
     return logits.gather(2, labels.unsqueeze(-1)).squeeze(-1)
 
 
+def _sigmoid(values: Tensor) -> Tensor:
+    """In float64, so that equal logits score alike: float32 functions round the tail of a vector loop otherwise.
+
+    In float32 where float64 is missing: on MPS.
+    """
+    return values.to(_at_least_float32(values) if values.device.type == "mps" else torch.float64).sigmoid()
+
+
 class Steps(NamedTuple):
-    """The steps of a decode that a kernel may take in another way, to the same bits; none has a gradient.
+    """The steps of a decode that a kernel may take in another way, to the same bits. Only ``sigmoid`` has a gradient.
 
     Args:
         select: rows (B, N) and k to the places (B, k) of the k best, in the order of :func:`select_top_k`.
@@ -69,6 +77,7 @@ class Steps(NamedTuple):
         scores_of: logits (..., C) and classes (...) to the probabilities (...) of these.
         select_pairs: logits (B, Q, C), a spec and these steps to queries and labels (B, K), int64, of the kept pairs,
             and the keys (B, K) that they stand in the order of.
+        sigmoid: logits (B, K) to probabilities (B, K); one in float32 may differ in the last place.
     """
 
     select: Callable[[Tensor, int], Tensor] = select_top_k
@@ -76,6 +85,7 @@ class Steps(NamedTuple):
     scores: Callable[[Tensor], Tensor] = softmax.scores
     scores_of: Callable[[Tensor, Tensor], Tensor] = softmax.scores_of
     select_pairs: Callable[[Tensor, DecodeSpec, Steps], tuple[Tensor, Tensor, Tensor]] = _select_pairs
+    sigmoid: Callable[[Tensor], Tensor] = _sigmoid
 
 
 _REFERENCE = Steps()
@@ -105,20 +115,22 @@ def decode(
     # A key is NaN for the background, for a NaN logit and, of softmax, for every class of a query that has one.
     is_number = keys == keys
     if spec.activation == "sigmoid":
-        scores = _sigmoid_scores(logits, queries, labels, keys, is_number)  # (B, K)
+        scores = _sigmoid_scores(logits, queries, labels, keys, is_number, steps)  # (B, K)
     else:
         scores = _softmax_scores(logits, queries, labels, keys, is_number)
     valid = is_number if spec.score_threshold is None else is_number & (scores > spec.score_threshold)
     return clear_invalid(scores, labels, _corners(boxes, queries, image_sizes, spec), queries, valid)
 
 
-def _sigmoid_scores(logits: Tensor, queries: Tensor, labels: Tensor, keys: Tensor, is_number: Tensor) -> Tensor:
+def _sigmoid_scores(
+    logits: Tensor, queries: Tensor, labels: Tensor, keys: Tensor, is_number: Tensor, steps: Steps
+) -> Tensor:
     """Score the kept pairs (B, K), 0 where they are no number; the logits are gathered again for their gradient."""
     batch, query_count, classes = logits.shape
     if wants_derivative(logits):
         keys = logits.reshape(batch, query_count * classes).gather(1, queries * classes + labels)
     # NaN is replaced before the activation, not after: a gradient through the unused side of a where is still 0 * NaN.
-    return torch.where(is_number, keys, 0.0).to(_scoring_dtype(logits)).sigmoid().to(_at_least_float32(logits))
+    return steps.sigmoid(torch.where(is_number, keys, 0.0)).to(_at_least_float32(logits))
 
 
 def _softmax_scores(logits: Tensor, queries: Tensor, labels: Tensor, keys: Tensor, is_number: Tensor) -> Tensor:
@@ -157,11 +169,3 @@ def _take(values: Tensor, queries: Tensor) -> Tensor:
 def _at_least_float32(values: Tensor) -> torch.dtype:
     """float32 for float32 and narrower, float64 for float64 (so that gradcheck means something)."""
     return torch.promote_types(values.dtype, torch.float32)
-
-
-def _scoring_dtype(logits: Tensor) -> torch.dtype:
-    """float64, so that equal logits score alike: float32 functions round the tail of a vector loop otherwise.
-
-    float32 where float64 is missing: on MPS.
-    """
-    return _at_least_float32(logits) if logits.device.type == "mps" else torch.float64

@@ -33,7 +33,8 @@ def run_litert(path, example):
     from ai_edge_litert.interpreter import Interpreter
 
     runner = Interpreter(str(path)).get_signature_runner()
-    found = runner(**{f"args_{place}": value.numpy() for place, value in enumerate(example)})
+    narrow = [value.to(torch.int32) if value.dtype == torch.int64 else value for value in example]
+    found = runner(**{f"args_{place}": value.numpy() for place, value in enumerate(narrow)})
     return [torch.from_numpy(np.asarray(found[f"output_{place}"])) for place in range(len(found))]
 
 
@@ -103,10 +104,11 @@ def test_a_split_detector_is_a_network_and_a_decode_in_cpp(tmp_path):
 
 
 @needs("coreml")
-def test_a_decode_converts_to_core_ml(tmp_path):
+@pytest.mark.parametrize("preset", ["rtdetr", "detr"])
+def test_a_decode_converts_to_core_ml(preset, tmp_path):
     import coremltools
 
-    post = DetectionPostProcessor.from_preset("rtdetr", top_k=KEPT)
+    post = DetectionPostProcessor.from_preset(preset, top_k=KEPT)
     written = edge.to_coreml(post, tmp_path, num_queries=QUERIES, num_classes=CLASSES)
     description = coremltools.models.MLModel(str(written.path), skip_model_load=True).get_spec().description
     assert len(description.input) == 3

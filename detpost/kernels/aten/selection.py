@@ -10,7 +10,8 @@ which are equal, and the k greatest of these are the one right set. Only those a
 Long rows are cut into groups first. The k best elements lie in the k best groups, a group being as good as its best
 element and, of equal ones, the earlier the better: each of these has an element ahead of any in a group left out.
 
-No step reads a tensor as another dtype, and integers stay below the row's length times 4: every runtime has them.
+No step reads a tensor as another dtype, gathers truth values or, below 2^24, sorts whole numbers as such: small
+runtimes do none of these.
 """
 
 from __future__ import annotations
@@ -122,7 +123,7 @@ def _select(scores: Tensor, k: int, order: Callable[[Tensor, Tensor], Tensor]) -
         size = max(2, math.isqrt(width // k))  # about the size for which the two top-k passes read least
         groups, numbers, is_nan = _best_groups(numbers, is_nan, k, size)
     best = _best_set(numbers, is_nan, k)
-    best = best.gather(1, order(numbers.gather(1, best), is_nan.gather(1, best)))
+    best = best.gather(1, order(numbers.gather(1, best), is_nan.to(torch.int32).gather(1, best) > 0))
     if groups is None:
         return best
     return groups.gather(1, best // size) * size + best % size
@@ -138,7 +139,8 @@ def _best_groups(numbers: Tensor, is_nan: Tensor, k: int, size: int) -> tuple[Te
     # As a float, which reductions are fast on.
     grouped_nan = is_nan.to(numbers.dtype).view(batch, -1, size)
     chosen = _best_set(grouped.amax(dim=2), grouped_nan.amin(dim=2) > 0, k)
-    chosen = (-chosen).topk(k, dim=1).values.neg()  # by index
+    places = chosen.to(_whole(int(grouped.shape[1])))
+    chosen = chosen.gather(1, places.neg().topk(k, dim=1).indices)  # by index
     index = chosen.unsqueeze(-1).expand(batch, k, size)
     elements = (grouped.gather(1, index).flatten(1), grouped_nan.gather(1, index).flatten(1) > 0)
     return chosen, *elements
@@ -147,8 +149,9 @@ def _best_groups(numbers: Tensor, is_nan: Tensor, k: int, size: int) -> tuple[Te
 def _best_set(numbers: Tensor, is_nan: Tensor, k: int) -> Tensor:
     """Give the places of the k best of rows (B, N) in which NaN reads -inf: (B, k), int64, equal ones by index."""
     width = int(numbers.shape[1])
-    last = numbers.topk(k, dim=1).values[:, -1:]
-    index = torch.arange(width, dtype=torch.int32, device=numbers.device)
+    # By its place: what uses the values alone becomes a sort in LiteRT, which cannot run one.
+    last = numbers.gather(1, numbers.topk(k, dim=1).indices[:, -1:])
+    index = torch.arange(width, dtype=_whole(2 * width), device=numbers.device)
     is_tied = torch.where(is_nan, -index, width - index)
     keys = torch.where(numbers > last, 2 * width - index, torch.where(numbers == last, is_tied, -width))
     return keys.topk(k, dim=1).indices
@@ -164,6 +167,12 @@ def _order_by_top_k(numbers: Tensor, is_nan: Tensor) -> Tensor:
     """Order rows (B, K) by value, then by place, NaN last."""
     count = int(numbers.shape[1])
     values, order = numbers.topk(count, dim=1)  # which place stands beside which of two equal values is its choice
-    falls = F.pad((values[:, 1:] < values[:, :-1]).to(torch.int32), (1, 0))
-    run = falls.cumsum(dim=1).to(torch.int32) + count * is_nan.gather(1, order).to(torch.int32)  # NaN behind -inf
-    return order.gather(1, (run * -count - order.to(torch.int32)).topk(count, dim=1).indices)
+    dtype = _whole(2 * count * count)
+    falls = F.pad((values[:, 1:] < values[:, :-1]).to(dtype), (1, 0))
+    run = falls.cumsum(dim=1, dtype=dtype) + is_nan.to(dtype).gather(1, order) * count  # NaN behind -inf
+    return order.gather(1, (run * -count - order.to(dtype)).topk(count, dim=1).indices)
+
+
+def _whole(most: int) -> torch.dtype:
+    """Name the dtype for whole numbers of at most ``most``: float32 where that is exact."""
+    return torch.float32 if most < 1 << 24 else torch.int32
