@@ -159,8 +159,6 @@ def detect(
     With --engine ray on Ray Data, on this machine or on a cluster: folders, addresses as s3://bucket/photos, Parquet
     files and webdataset's tar files.
     """
-    from detpost.runs.video import is_video
-
     look_up(model)
     if engine not in ("local", "ray"):
         raise ValueError(f"unknown engine {engine!r}: take local or ray")
@@ -174,6 +172,8 @@ def detect(
         trust_remote_code=trust_remote_code,
         allow_pickle=allow_pickle,
     )
+    from detpost.runs.video import is_video  # not before: it waits for torch
+
     of_video = _given(stride=stride, start=start, end=end)
     if any(map(is_video, images)):
         unfit = _given(
