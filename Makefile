@@ -8,7 +8,7 @@ KERNELS := $(wildcard detpost/kernels/cpu/*.cpp detpost/kernels/cpu/*.h)
 OLDEST := .venv-oldest
 RAY := .venv-ray
 
-.PHONY: install demo test test-slow test-processors test-lowest test-oldest test-oldest-fast test-ray test-edge \
+.PHONY: install demo test test-slow test-processors test-oldest test-oldest-fast test-ray test-edge \
 	web web-test lint docs bench clean
 
 install: $(STAMP)
@@ -38,10 +38,6 @@ test-slow: $(STAMP)
 # Once for each level of instructions and each form of the kernels that this machine has.
 test-processors: $(STAMP)
 	$(BIN)/python scripts/test_processors.py
-
-# Of these the least instructions alone, for CI.
-test-lowest: $(STAMP)
-	$(BIN)/python scripts/test_processors.py --lowest
 
 # The oldest versions that pyproject.toml admits, in an environment of their own.
 $(OLDEST)/.installed: pyproject.toml setup.py scripts/oldest_versions.py $(KERNELS)
@@ -99,7 +95,7 @@ web: web_out/tiny.onnx
 	$(BIN)/detpost web web_out/tiny.onnx -o web_out/page $(addprefix --example ,$(wildcard detpost/zoo/samples/*.png)) --serve
 
 web/node_modules/.installed: web/package.json
-	cd web && npm install --silent
+	cd web && npm install --silent --no-package-lock --no-fund --no-audit
 	touch $@
 
 # The npm package in Node.js, the page in headless Chromium; both have to be there.

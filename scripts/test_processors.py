@@ -1,8 +1,7 @@
 """Run the numeric tests once for each level of instructions and each form of the kernels that this machine has.
 
-    python scripts/test_processors.py           # what `make test-processors` does
-    python scripts/test_processors.py --list    # what it would run, and what it would skip and why
-    python scripts/test_processors.py --lowest  # the least instructions alone: the C++'s baseline, and PyTorch's least
+    python scripts/test_processors.py         # what `make test-processors` does
+    python scripts/test_processors.py --list  # what it would run, and what it would skip and why
 
 Each level is a process of its own, as many at a time as there are cores, and a test in it watches what computes there.
 Exit status 1 if a test fails at any level; the last line names the level. Left to `make test`, which takes the
@@ -144,11 +143,8 @@ def run_all(chosen: list[Level]) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--list", action="store_true", help="say what would run, and run nothing")
-    parser.add_argument("--lowest", action="store_true", help="the levels with the least instructions alone")
     arguments = parser.parse_args()
     chosen = levels()
-    if arguments.lowest:
-        chosen = [level for level in chosen if level.name == "DETPOST_NATIVE=baseline" or level is chosen[-1]]
     width = max(len(level.name) for level in chosen)
     here = ", ".join(f"{part}: {what or 'not there'}" for part, what in processor.expected({}).items())
     print(f"As it is, this machine computes with: {here}.")
