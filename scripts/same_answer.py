@@ -1,7 +1,8 @@
 """Does every runtime choose the same detections? The decode of detpost, and a plain ``torch.topk`` decode beside it.
 
 Runs the raw outputs that provoke every disagreement known through each runtime and counts the slots (label, query,
-validity) that differ from eager PyTorch on the CPU.
+validity) that differ from eager PyTorch on the CPU. Of files in fewer bits the raw outputs pass through a layer in
+these bits first, which makes many of them equal; eager PyTorch decodes what the layer gives.
 
     python scripts/same_answer.py              # the table of the README
     python scripts/same_answer.py --json FILE
@@ -17,14 +18,17 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
 
 from detpost import DetectionPostProcessor, Detections
 from detpost.detections import INVALID
-from detpost.export import CudaGraph, compile
+from detpost.export import CudaGraph, compile, to_onnx
 from detpost.export.formats import FORMATS, Format
+from detpost.export.graph import import_onnx
+from detpost.export.lowering import PRECISIONS, Precision, calibrate, lower, prepared
 from detpost.reference.decode import Steps, decode
 from detpost.verify.compare import raw_cases
 from detpost.web import write_site
@@ -107,6 +111,10 @@ def runtimes(
     yield "torch.export", torch.export.export(post, example, dynamic_shapes=_free_batch()).module()
     for entry in FORMATS:
         yield entry.runtime, _of_file(entry, post, folder / f"post{entry.ending}", ties)
+    for precision in PRECISIONS:
+        file = in_fewer_bits(post, precision, folder / f"{precision}.onnx", ties)
+        for entry in (entry for entry in FORMATS if entry.name in ("onnx", "openvino")):
+            yield f"{entry.runtime}, {precision} file", FewerBits(entry, file, precision)
     if browser:
         spec = post.spec
         kept = min(spec.top_k, QUERIES * CLASSES if spec.selection == "flat" else QUERIES)
@@ -121,11 +129,43 @@ def runtimes(
         yield "CudaGraph", _on_cuda(CudaGraph(post, tuple(value.cuda() for value in example)))
 
 
+class FewerBits:
+    """A file of detpost's with a layer in fewer bits before the decode.
+
+    Args:
+        entry: the format to run it as.
+        file: of :func:`in_fewer_bits`.
+        precision: of the layer.
+    """
+
+    def __init__(self, entry: Format, file: Path, precision: Precision) -> None:
+        # On a CPU both runtimes compute half layers in float32 and leave the rounding of what goes in out.
+        self.rounded = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision, torch.float32)
+        path = file.with_suffix(entry.ending)
+        if path != file:
+            entry.write()(model=file, path=path)
+        self.opened = entry.open()(path, None)
+
+    def __call__(self, logits: torch.Tensor, boxes: torch.Tensor, sizes: torch.Tensor) -> Detections:
+        """Decode what the layer makes of raw outputs."""
+        values = self._run(logits, boxes, sizes)
+        return Detections(*(values[name] for name in Detections._fields))
+
+    def raw(self, logits: torch.Tensor, boxes: torch.Tensor, sizes: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Give what the file decodes when it is given raw outputs."""
+        values = self._run(logits, boxes, sizes)
+        return values["raw/pred_logits"], values["raw/pred_boxes"], sizes
+
+    def _run(self, *raw: torch.Tensor) -> dict[str, torch.Tensor]:
+        logits, boxes = (value.to(self.rounded).float() for value in raw[:2])
+        return self.opened.run({"pred_logits": logits, "pred_boxes": boxes, "image_sizes": raw[2]})
+
+
 def differing(run: Run, reference: DetectionPostProcessor) -> tuple[int, int]:
     """Count the slots in which ``run`` chooses otherwise than ``reference``, of how many."""
     wrong = total = 0
-    for _, (logits, boxes, sizes) in raw_cases(QUERIES, CLASSES):
-        expected, found = reference(logits, boxes, sizes), run(logits, boxes, sizes)
+    for _, raw in raw_cases(QUERIES, CLASSES):
+        expected, found = reference(*(run.raw(*raw) if isinstance(run, FewerBits) else raw)), run(*raw)
         same = torch.stack([getattr(found, part) == getattr(expected, part) for part in ("labels", "queries", "valid")])
         wrong, total = wrong + int((~same.all(dim=0)).sum()), total + same[0].numel()
     return wrong, total
@@ -162,6 +202,38 @@ def _of_file(entry: Format, post: DetectionPostProcessor, path: Path, ties: str)
         return Detections(*(values[name] for name in Detections._fields))
 
     return run
+
+
+def in_fewer_bits(post: DetectionPostProcessor, precision: Precision, path: Path, ties: str) -> Path:
+    """Write a file that puts raw outputs through a layer in fewer bits, gives them and decodes them.
+
+    The layer multiplies by one, query by query, so that infinities stay where they are; behind it stands an addition,
+    as a head ends in one: what the decode reads is float32 in every precision.
+    """
+    onnx = import_onnx()
+    spec = DetectionPostProcessor(post.spec)
+    to_onnx(spec, path, num_queries=QUERIES, num_classes=CLASSES, queries=True, ties=ties)
+    model = onnx.load(path)
+    arrays = {"one": np.ones((QUERIES, 1, 1), np.float32), "none": np.zeros(1, np.float32)}
+    model.graph.initializer.extend(onnx.numpy_helper.from_array(array, name) for name, array in arrays.items())
+    front = []
+    for name in ("pred_logits", "pred_boxes"):
+        for node in model.graph.node:
+            node.input[:] = [f"raw/{name}" if each == name else each for each in node.input]
+        front += [
+            onnx.helper.make_node("Conv", [name, "one"], [f"layer/{name}"], f"layer/{name}", group=QUERIES),
+            onnx.helper.make_node("Add", [f"layer/{name}", "none"], [f"raw/{name}"], f"raw/{name}"),
+        ]
+        shape = ["batch", QUERIES, CLASSES if name == "pred_logits" else 4]
+        model.graph.output.append(onnx.helper.make_tensor_value_info(f"raw/{name}", onnx.TensorProto.FLOAT, shape))
+    nodes = [*front, *model.graph.node]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    model = prepared(model)
+    seen = next(raw for name, raw in raw_cases(QUERIES, CLASSES) if name == "random, batch 8")
+    feed = dict(zip(("pred_logits", "pred_boxes", "image_sizes"), (value.numpy() for value in seen), strict=True))
+    onnx.save(lower(model, precision, ranges=calibrate(model, [feed])), path)
+    return path
 
 
 def _on_cuda(run: Callable[..., Detections]) -> Run:

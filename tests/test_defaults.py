@@ -77,6 +77,15 @@ def with_gradient(loss, pred, target):
     return run
 
 
+def gradient_of_a_decode(dtype):
+    leaves = LOGITS.to(dtype).requires_grad_(), BOXES.to(dtype).requires_grad_()
+    found = DetectionPostProcessor.from_preset("rtdetr", top_k=9, score_threshold=0.5)(*leaves, SIZES)
+    once = torch.autograd.grad(found.scores.sum() + found.boxes.square().sum(), leaves, create_graph=True)
+    return *torch.autograd.grad(once[0].square().sum() + once[1].square().sum(), leaves, retain_graph=True), *(
+        torch.autograd.grad(found.scores.sum() + found.boxes.sum(), leaves)
+    )
+
+
 CALLS = {
     **{
         f"decode {activation} {selection} {background}": decode(
@@ -91,6 +100,8 @@ CALLS = {
     "decode with a gradient": lambda: DetectionPostProcessor.from_preset("detr")(
         LOGITS.clone().requires_grad_(), BOXES, SIZES
     ),
+    "decode and its gradient": lambda: gradient_of_a_decode(torch.float32),
+    "decode of half and its gradient": lambda: gradient_of_a_decode(torch.float16),
     "select": lambda: select_top_k(LOGITS.flatten(1), 7),
     "select of a long row": lambda: select_top_k(LONG, 100),
     "select of float64": lambda: select_top_k(LONG.double(), 100),
@@ -176,7 +187,7 @@ def forget():
     """As in a fresh process: whatever is made once is made again."""
     native_decode._templates.cache_clear()
     softmax.tables_on.cache_clear()
-    aten_decode._products_on.cache_clear()
+    aten_decode.products_on.cache_clear()
 
 
 # What has more than one form goes through each of them.
@@ -224,5 +235,5 @@ for _ in range(3):
     found = post(*arguments)
 assert found.scores.device.type == "cpu" and bool((found.scores > 0).all())
 """
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
     assert run.returncode == 0, (run.returncode, run.stderr[-500:])

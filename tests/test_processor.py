@@ -39,7 +39,7 @@ def test_levels_that_the_processor_lacks_are_left_out(monkeypatch):
 @pytest.mark.slow
 def test_the_command_lists_every_level_and_leaves_none_unsaid():
     command = [sys.executable, "scripts/test_processors.py", "--list"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     for variable, values in processor.LEVELS.items():
         for value in filter(None, values):

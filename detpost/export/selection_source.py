@@ -106,29 +106,30 @@ extern "C" int detpost_decode(const detpost_spec* spec, const void* logits, int 
     return DETPOST_BAD_ARGUMENTS;
   }
   return detpost::outcome_of([&] {
-    const DecodeArguments arguments{logits,
-                                    dtype,
-                                    spec->softmax ? kSoftmax : kSigmoid,
-                                    spec->per_query ? kPerQuery : kFlat,
-                                    classes,
-                                    queries,
-                                    classes,
-                                    detpost_kept(spec, queries, classes),
-                                    background_of(spec, classes),
-                                    boxes,
-                                    4,
-                                    image_sizes,
-                                    image_sizes ? kSizesInt64 : kNoSizes,
-                                    spec->box_format,
-                                    spec->clip != 0,
-                                    kXyxy,
-                                    spec->has_threshold != 0,
-                                    spec->threshold,
-                                    out_scores,
-                                    out_labels,
-                                    out_boxes,
-                                    out_queries,
-                                    out_valid};
+    DecodeArguments arguments{logits,
+                              dtype,
+                              spec->softmax ? kSoftmax : kSigmoid,
+                              spec->per_query ? kPerQuery : kFlat,
+                              classes,
+                              queries,
+                              classes,
+                              detpost_kept(spec, queries, classes),
+                              background_of(spec, classes),
+                              boxes,
+                              4,
+                              image_sizes,
+                              image_sizes ? kSizesInt64 : kNoSizes,
+                              spec->box_format,
+                              spec->clip != 0,
+                              kXyxy,
+                              spec->has_threshold != 0,
+                              spec->threshold,
+                              out_scores,
+                              out_labels,
+                              out_boxes,
+                              out_queries,
+                              out_valid};
+    lay_out_keys(arguments);
     for (int64_t image = 0; image < batch; ++image) baseline::decode_image(&arguments, image);
   });
 }

@@ -203,6 +203,8 @@ def to_rle(masks: Tensor | npt.NDArray[Any]) -> list[dict[str, Any]]:
         >>> to_rle(torch.tensor([[[0, 1], [1, 1]]]).bool())
         [{'size': [2, 2], 'counts': b'13'}]
     """
+    from detpost.kernels.cpu.run_lengths import run_lengths
+
     array: npt.NDArray[Any] = masks.detach().cpu().numpy() if isinstance(masks, Tensor) else np.asarray(masks)
     if array.dtype not in (np.dtype(bool), np.dtype(np.uint8)):
         raise TypeError(f"masks must be bool or uint8; got {array.dtype}: logits are to be compared with 0 first")
@@ -211,7 +213,7 @@ def to_rle(masks: Tensor | npt.NDArray[Any]) -> list[dict[str, Any]]:
     if array.ndim != 3:
         raise ValueError(f"masks must have shape (N, H, W) or (N, 1, H, W); got {tuple(array.shape)}")
     size = [int(extent) for extent in array.shape[1:]]
-    return [{"size": list(size), "counts": _rle_string(_run_lengths(mask != 0))} for mask in array]
+    return [{"size": list(size), "counts": counts} for counts in run_lengths(array)]
 
 
 def mask_of_rle(counts: str, size: Sequence[int]) -> npt.NDArray[np.bool_]:
@@ -241,36 +243,6 @@ def mask_of_rle(counts: str, size: Sequence[int]) -> npt.NDArray[np.bool_]:
     height, width = size
     flat = np.repeat(np.arange(len(runs)) % 2 == 1, runs)
     return flat.reshape(width, height).T
-
-
-def _run_lengths(mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
-    """Give the lengths of the runs down the columns, zeros first, of a mask (H, W)."""
-    height = len(mask)
-    if mask.size == 0:
-        return np.zeros(1, np.int64)
-    # Changes are looked for where the bytes lie, row by row, and few: sorting their places is cheaper than turning the
-    # mask on its side.
-    row, column = np.nonzero(mask[1:] != mask[:-1])
-    inner = column.astype(np.int64) * height + row + 1
-    at_top = np.flatnonzero(mask[0, 1:] != mask[-1, :-1]).astype(np.int64) * height + height  # column to column
-    changes = np.sort(np.concatenate((inner, at_top)))
-    start = np.zeros(2 if mask[0, 0] else 1, np.int64)
-    return np.diff(np.concatenate((start, changes, [mask.size])))
-
-
-def _rle_string(counts: npt.NDArray[np.int64]) -> bytes:
-    """Write run lengths as COCO does: from the fourth on as differences to the last but one, 5 bits a character."""
-    rest = np.concatenate((counts[:3], counts[3:] - counts[1:-2]))
-    characters, more = [], []
-    is_open = np.ones(len(rest), bool)
-    while is_open.any():
-        bits, rest = rest & 0x1F, rest >> 5
-        goes_on = np.where(bits & 0x10, rest != -1, rest != 0)
-        characters.append(bits + np.where(goes_on, 0x20, 0) + 48)
-        more.append(is_open)
-        is_open = is_open & goes_on
-    written: npt.NDArray[np.int64] = np.stack(characters, axis=1)[np.stack(more, axis=1)]
-    return written.astype(np.uint8).tobytes()
 
 
 def _cut_letterbox(values: Tensor, image_size: tuple[int, int], input_size: tuple[int, int]) -> Tensor:

@@ -14,6 +14,7 @@ from detpost.kernels.dispatch import (
     select,
     squared_distance,
     suppress,
+    surface_distances,
     weighted_error,
     writes_graph,
 )
@@ -34,6 +35,7 @@ __all__ = [
     "select",
     "squared_distance",
     "suppress",
+    "surface_distances",
     "weighted_error",
     "writes_graph",
 ]

@@ -26,16 +26,19 @@ from torch import Tensor
 
 from detpost.detections import Detections
 from detpost.kernels.aten import decode as aten_decode
+from detpost.kernels.aten import gradient as aten_gradient
 from detpost.kernels.aten import losses as aten_losses
 from detpost.kernels.aten import nms as aten_nms
 from detpost.kernels.aten import selection as aten_selection
 from detpost.kernels.cpu import decode as native_decode
+from detpost.kernels.cpu import decode_back as native_decode_back
 from detpost.kernels.cpu import erosion as native_erosion
 from detpost.kernels.cpu import fusion as native_fusion
 from detpost.kernels.cpu import losses as native_losses
 from detpost.kernels.cpu import nms as native_nms
 from detpost.kernels.cpu import numpy_decode
 from detpost.kernels.cpu import selection as native_selection
+from detpost.kernels.cpu import surface as native_surface
 from detpost.kernels.serving import (
     KERNELS,
     constant_kernel_for,
@@ -52,6 +55,7 @@ from detpost.reference import erosion as reference_erosion
 from detpost.reference import fusion as reference_fusion
 from detpost.reference import nms as reference_nms
 from detpost.reference import selection as reference_selection
+from detpost.reference import surface as reference_surface
 from detpost.reference.derivatives import is_in_transform, wants_derivative
 from detpost.spec import DecodeSpec
 from detpost.tensors import is_plain_call
@@ -71,6 +75,7 @@ __all__ = [
     "select",
     "squared_distance",
     "suppress",
+    "surface_distances",
     "tried",
     "weighted_error",
     "writes_graph",
@@ -95,6 +100,7 @@ _DIFFERENTIATED = frozenset({"decode", "erosion", "squared_distance", "boundary_
 
 _NARROW = (torch.float32, torch.float16, torch.bfloat16)
 _FLOATING = (*_NARROW, torch.float64)
+_WIDE = (torch.float32, torch.float64)
 
 
 def _anything(*arguments: Any) -> bool:
@@ -138,6 +144,14 @@ def _decode_at_once(logits: Tensor, boxes: Tensor, image_sizes: Tensor | None, s
     return boxes.dtype != torch.float64 and not wants_derivative(logits, boxes, image_sizes)
 
 
+_decode_natively_with_gradient = functools.partial(
+    aten_gradient.decode, without_gradient=native_decode.decode, back=native_decode_back.decode_back
+)
+_decode_by_numpy_with_gradient = functools.partial(
+    aten_gradient.decode, without_gradient=numpy_decode.decode, back=aten_gradient.back
+)
+
+
 def _decode_in_graph(logits: Tensor, boxes: Tensor, image_sizes: Tensor | None, spec: DecodeSpec) -> Detections:
     if torch.onnx.is_in_onnx_export():
         raise TypeError(
@@ -148,11 +162,11 @@ def _decode_in_graph(logits: Tensor, boxes: Tensor, image_sizes: Tensor | None, 
 
 
 def _decode_by_operators(logits: Tensor, boxes: Tensor, image_sizes: Tensor | None, spec: DecodeSpec) -> Detections:
-    steps = reference_decode.Steps(select)
+    steps = _STEPS
     if logits.device.type == "cpu" and logits.dtype != torch.float64 and type(logits) is Tensor and is_plain_call():
-        steps = aten_decode.STEPS._replace(select=select)
+        steps = _STEPS_ON_PROCESSOR
         if wants_derivative(logits, boxes, image_sizes) and kernel_for("cpu") in ("native", "numpy"):
-            steps = steps._replace(select_pairs=_pairs_at_once)
+            steps = _STEPS_WITH_SLOPE
     return reference_decode.decode(logits, boxes, image_sizes, spec, steps)
 
 
@@ -203,9 +217,17 @@ def _boundary_distance(field: Tensor, spacing: tuple[float, ...]) -> tuple[Tenso
     return reference_distance.boundary_distance(field, spacing, squared_distance)
 
 
+def _surface_distances(a: Tensor, b: Tensor, spacing: tuple[float, ...]) -> tuple[Tensor, Tensor]:
+    return reference_surface.surface_distances(a, b, spacing, squared_distance)
+
+
 def _weighted_error(*arguments: Any) -> Tensor:
     error: Callable[..., Tensor] = reference_distance.weighted_error
     return error(*arguments, boundary_distance)
+
+
+def _is_read_on_a_processor(inside: Tensor, *others: Any) -> bool:
+    return inside.device.type == "cpu" and is_plain_call()
 
 
 def _id_range(ids: Tensor) -> tuple[int, int]:
@@ -220,12 +242,15 @@ FORMS: Final[dict[str, tuple[Form, ...]]] = {
         Form("numpy", numpy_decode.select, None),
         Form("triton", doors.Selection.run, doors.Selection.run, _NARROW, doors.Selection.takes, doors.Selection.trial),
         _seen(_GRAPH, aten_selection.select_by_top_k),
+        Form("aten", aten_selection.select_by_looking, None, _WIDE, _is_read_on_a_processor),
         _seen("aten", aten_selection.select),
         _seen(_DEFINITION, reference_selection.select_top_k),
     ),
     "decode": (
         Form("native", native_decode.decode, native_decode.decode_as_operator, _NARROW, _decode_at_once),
+        Form("native", _decode_natively_with_gradient, None, _NARROW, aten_gradient.takes),
         Form("numpy", numpy_decode.decode, None, _NARROW, _decode_at_once),
+        Form("numpy", _decode_by_numpy_with_gradient, None, _NARROW, aten_gradient.takes),
         Form("triton", doors.Decode.run, doors.Decode.run, _NARROW, doors.Decode.takes, doors.Decode.trial),
         _seen(_GRAPH, _decode_in_graph),
         _seen(_DEFINITION, _decode_by_operators),
@@ -263,6 +288,7 @@ FORMS: Final[dict[str, tuple[Form, ...]]] = {
             *(doors.SquaredDistance.takes, doors.SquaredDistance.trial),
         ),
         _seen(_GRAPH, aten_losses.squared_distance_by_rows, (torch.bool,)),
+        Form("aten", aten_losses.squared_distance_nearby, None, (torch.bool,), _is_read_on_a_processor),
         _seen("aten", aten_losses.squared_distance, (torch.bool,)),
         _seen(_DEFINITION, reference_distance.squared_distance),
     ),
@@ -273,6 +299,10 @@ FORMS: Final[dict[str, tuple[Form, ...]]] = {
             *(doors.BoundaryDistance.takes, doors.BoundaryDistance.trial),
         ),
         _seen(_DEFINITION, _boundary_distance),
+    ),
+    "surface_distances": (
+        Form("native", native_surface.surface_distances, None, (torch.bool,)),
+        _seen(_DEFINITION, _surface_distances),
     ),
     "weighted_error": (
         Form(
@@ -357,6 +387,11 @@ def select(scores: Tensor, k: int) -> Tensor:
     """
     indices: Tensor = _form("select", scores, scores, k)(scores, k)
     return indices
+
+
+_STEPS: Final = reference_decode.Steps(select)
+_STEPS_ON_PROCESSOR: Final = aten_decode.STEPS._replace(select=select)
+_STEPS_WITH_SLOPE: Final = _STEPS_ON_PROCESSOR._replace(select_pairs=_pairs_at_once)
 
 
 def decode(logits: Tensor, boxes: Tensor, image_sizes: Tensor | None, spec: DecodeSpec) -> Detections:
@@ -496,6 +531,21 @@ def squared_distance(inside: Tensor, spacing: tuple[float, ...]) -> tuple[Tensor
         (B, C, *spatial) float32, and the unit: the largest spacing.
     """
     found: tuple[Tensor, float] = _form("squared_distance", inside, inside, spacing)(inside, spacing)
+    return found
+
+
+def surface_distances(a: Tensor, b: Tensor, spacing: tuple[float, ...]) -> tuple[Tensor, Tensor]:
+    """Give how far each element of one mask's surface is from the other's, in the order in which they lie in memory.
+
+    Args:
+        a: (1, 1, *spatial), bool.
+        b: a mask of the same shape and device.
+        spacing: one length per spatial axis.
+
+    Returns:
+        (N,) and (M,), float32.
+    """
+    found: tuple[Tensor, Tensor] = _form("surface_distances", a, a, b, spacing)(a, b, spacing)
     return found
 
 

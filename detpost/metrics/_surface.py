@@ -7,13 +7,13 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from detpost.kernels import squared_distance, writes_graph
+from detpost.kernels import squared_distance, surface_distances, writes_graph
 from detpost.losses._arguments import Spacing, by_image, spacings
 from detpost.metrics._subvoxels import surface_elements
+from detpost.reference.surface import boundary, cropped
 
 Mask: TypeAlias = Tensor | NDArray[Any]
 
@@ -98,8 +98,19 @@ def _may_look_at_values(mask: Tensor) -> bool:
 
 def _compact(a: Tensor, b: Tensor, spacing: tuple[float, ...], use_subvoxels: bool) -> tuple[Surface, Surface]:
     """Give the surfaces of one field, (1, 1, ...), without all that lies off them."""
-    surfaces = _surfaces(*_cropped(a, b), spacing, use_subvoxels)
+    if not use_subvoxels:
+        of_a, of_b = surface_distances(a, b, spacing)
+        return _counted(of_a), _counted(of_b)
+    surfaces = _surfaces(*cropped(a, b), spacing, use_subvoxels)
     return _elements(surfaces[0]), _elements(surfaces[1])
+
+
+def _counted(distance: Tensor) -> Surface:
+    """Make a surface of the distances (N,) of its elements; one that is not chosen where there is none."""
+    is_empty = distance.numel() == 0
+    distance = distance.new_zeros(1) if is_empty else distance
+    chosen = torch.full_like(distance, not is_empty, dtype=torch.bool)
+    return Surface(distance[None, None], chosen.to(torch.float32)[None, None], chosen[None, None])
 
 
 def _elements(surface: Surface) -> Surface:
@@ -107,20 +118,6 @@ def _elements(surface: Surface) -> Surface:
     index = torch.nonzero(surface.chosen.flatten())[:, 0]  # detpost: allow DP020 on a CPU, eagerly
     index = index if index.numel() else torch.zeros(1, dtype=torch.int64)
     return Surface(*(part.flatten()[index][None, None] for part in surface))
-
-
-def _cropped(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Cut both masks to the smallest box that holds them: no distance between them changes."""
-    either = a | b
-    for axis in range(2, a.dim()):
-        others = [other for other in range(a.dim()) if other != axis]
-        held = torch.nonzero(either.any(others))[:, 0]  # detpost: allow DP020 on a CPU, eagerly
-        if held.numel() == 0:
-            nothing = either.flatten(2)[..., :1].reshape(1, 1, *[1] * (a.dim() - 2))
-            return nothing, nothing
-        first, last = int(held[0]), int(held[-1])  # detpost: allow DP003 on a CPU, eagerly
-        a, b, either = (part.narrow(axis, first, last - first + 1) for part in (a, b, either))
-    return a.contiguous(), b.contiguous()
 
 
 def _surfaces(a: Tensor, b: Tensor, spacing: tuple[float, ...], use_subvoxels: bool) -> tuple[Surface, Surface]:
@@ -142,19 +139,6 @@ def _sized(mask: Tensor, spacing: tuple[float, ...], use_subvoxels: bool) -> tup
 def _distance_to(goal: Tensor, spacing: tuple[float, ...]) -> Tensor:
     squared, unit = squared_distance(~goal, spacing)
     return squared.sqrt() * unit
-
-
-def boundary(inside: Tensor) -> Tensor:
-    """Give the elements of the mask with a direct neighbour outside it; beyond the image is outside."""
-    padded = F.pad(inside, (1, 1) * (inside.dim() - 2))
-    interior = inside
-    for axis in range(2, inside.dim()):
-        core = padded
-        for other in range(2, inside.dim()):
-            core = core if other == axis else core.narrow(other, 1, inside.shape[other])
-        length = inside.shape[axis]
-        interior = interior & core.narrow(axis, 0, length) & core.narrow(axis, 2, length)
-    return inside & ~interior
 
 
 def _as_tensor(mask: Mask) -> Tensor:

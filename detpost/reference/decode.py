@@ -20,7 +20,7 @@ from detpost.reference.derivatives import wants_derivative
 from detpost.reference.selection import best_class, select_top_k
 from detpost.spec import DecodeSpec
 
-__all__ = ["Steps", "decode"]
+__all__ = ["Steps", "decode", "flat_rows", "take"]
 
 
 def _select_pairs(logits: Tensor, spec: DecodeSpec, steps: Steps) -> tuple[Tensor, Tensor, Tensor]:
@@ -67,8 +67,48 @@ def _sigmoid(values: Tensor) -> Tensor:
     return values.to(_at_least_float32(values) if values.device.type == "mps" else torch.float64).sigmoid()
 
 
+def _corners(boxes: Tensor, queries: Tensor, image_sizes: Tensor | None, spec: DecodeSpec) -> Tensor:
+    """Give the boxes of the kept queries as xyxy (B, K, 4), in pixels where there are image sizes."""
+    corners = box_ops.convert(take(boxes, queries).to(_at_least_float32(boxes)), spec.box_format, "xyxy")
+    if image_sizes is not None:
+        corners = box_ops.scale(corners, image_sizes)
+    if not spec.clip:
+        return corners
+    return corners.clamp(0, 1) if image_sizes is None else box_ops.clip(corners, image_sizes)
+
+
+def flat_rows(queries: Tensor, count: int) -> Tensor:
+    """Give the places of queries (B, K) in one list of B * ``count``: (B * K,).
+
+    Example:
+        >>> flat_rows(torch.tensor([[2, 0], [1, 1]]), 3)
+        tensor([2, 0, 4, 4])
+    """
+    return (queries + torch.arange(queries.shape[0], device=queries.device).unsqueeze(1) * count).flatten()
+
+
+def take(values: Tensor, queries: Tensor) -> Tensor:
+    """Gather rows: values (B, Q, n), queries (B, K) -> (B, K, n).
+
+    Example:
+        >>> take(torch.tensor([[[1, 2], [3, 4]]]), torch.tensor([[1]]))
+        tensor([[[3, 4]]])
+    """
+    batch, count, length = values.shape
+    # Rows of one flat list and not gather, which reads an index for every number.
+    rows = values.reshape(batch * count, length).index_select(0, flat_rows(queries, count))
+    return rows.view(batch, queries.shape[1], length)
+
+
+def _at_least_float32(values: Tensor) -> torch.dtype:
+    """float32 for float32 and narrower, float64 for float64 (so that gradcheck means something)."""
+    return torch.promote_types(values.dtype, torch.float32)
+
+
 class Steps(NamedTuple):
-    """The steps of a decode that a kernel may take in another way, to the same bits. Only ``sigmoid`` has a gradient.
+    """The steps of a decode that a kernel may take in another way, to the same bits.
+
+    ``sigmoid``, ``corners`` and ``clear`` have gradients, the others none.
 
     Args:
         select: rows (B, N) and k to the places (B, k) of the k best, in the order of :func:`select_top_k`.
@@ -78,6 +118,8 @@ class Steps(NamedTuple):
         select_pairs: logits (B, Q, C), a spec and these steps to queries and labels (B, K), int64, of the kept pairs,
             and the keys (B, K) that they stand in the order of.
         sigmoid: logits (B, K) to probabilities (B, K); one in float32 may differ in the last place.
+        corners: boxes (B, Q, 4), queries (B, K), image sizes and a spec to xyxy (B, K, 4) of these queries.
+        clear: what :func:`~detpost.detections.clear_invalid` makes detections of.
     """
 
     select: Callable[[Tensor, int], Tensor] = select_top_k
@@ -86,6 +128,8 @@ class Steps(NamedTuple):
     scores_of: Callable[[Tensor, Tensor], Tensor] = softmax.scores_of
     select_pairs: Callable[[Tensor, DecodeSpec, Steps], tuple[Tensor, Tensor, Tensor]] = _select_pairs
     sigmoid: Callable[[Tensor], Tensor] = _sigmoid
+    corners: Callable[[Tensor, Tensor, Tensor | None, DecodeSpec], Tensor] = _corners
+    clear: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Detections] = clear_invalid
 
 
 _REFERENCE = Steps()
@@ -119,7 +163,8 @@ def decode(
     else:
         scores = _softmax_scores(logits, queries, labels, keys, is_number)
     valid = is_number if spec.score_threshold is None else is_number & (scores > spec.score_threshold)
-    return clear_invalid(scores, labels, _corners(boxes, queries, image_sizes, spec), queries, valid)
+    corners = steps.corners(boxes, queries, image_sizes, spec)
+    return steps.clear(scores, labels, corners, queries, valid)
 
 
 def _sigmoid_scores(
@@ -140,32 +185,8 @@ def _softmax_scores(logits: Tensor, queries: Tensor, labels: Tensor, keys: Tenso
         return scores
     count, classes = queries.shape[1], logits.shape[2]
     if 2 * count < logits.shape[1]:  # of few kept ones; to gather most of the logits takes longer than to use them all
-        logits, queries = _take(logits, queries), torch.arange(count, device=logits.device)
+        logits, queries = take(logits, queries), torch.arange(count, device=logits.device)
     scores = softmax.with_slope(scores, logits, queries * classes + labels)
     # Two float64 scores that are nearer than the keys can tell may stand in the other order: the later reads as the
     # earlier, so that scores never rise.
     return scores.cummin(dim=1).values if logits.dtype == torch.float64 and scores.shape[1] else scores
-
-
-def _corners(boxes: Tensor, queries: Tensor, image_sizes: Tensor | None, spec: DecodeSpec) -> Tensor:
-    """Give the boxes of the kept queries as xyxy (B, K, 4), in pixels where there are image sizes."""
-    corners = box_ops.convert(_take(boxes, queries).to(_at_least_float32(boxes)), spec.box_format, "xyxy")
-    if image_sizes is not None:
-        corners = box_ops.scale(corners, image_sizes)
-    if not spec.clip:
-        return corners
-    return corners.clamp(0, 1) if image_sizes is None else box_ops.clip(corners, image_sizes)
-
-
-def _take(values: Tensor, queries: Tensor) -> Tensor:
-    """Gather rows: values (B, Q, n), queries (B, K) -> (B, K, n)."""
-    batch, count, length = values.shape
-    # Rows of one flat list and not gather, which reads an index for every number.
-    first = torch.arange(batch, device=values.device).unsqueeze(1) * count
-    rows = values.reshape(batch * count, length).index_select(0, (queries + first).flatten())
-    return rows.view(batch, queries.shape[1], length)
-
-
-def _at_least_float32(values: Tensor) -> torch.dtype:
-    """float32 for float32 and narrower, float64 for float64 (so that gradcheck means something)."""
-    return torch.promote_types(values.dtype, torch.float32)

@@ -16,7 +16,10 @@ ROWS_PER_STEP = 8
 
 
 def squared_distance(
-    inside: Tensor, spacing: tuple[float, ...], rows_per_step: int | None = None
+    inside: Tensor,
+    spacing: tuple[float, ...],
+    rows_per_step: int | None = None,
+    envelope: Callable[[Tensor, float, int | None], Tensor] | None = None,
 ) -> tuple[Tensor, float]:
     """Give the squared distance to the nearest False, in the returned unit; infinite in a field without any False.
 
@@ -27,6 +30,7 @@ def squared_distance(
         spacing: one length per spatial axis.
         rows_per_step: output rows that are worked on at once; 0 for all of them, which suits a compiler that fuses a
             sum into a minimum; ``None`` for blocks that fit a CPU's cache, and for ``ROWS_PER_STEP`` elsewhere.
+        envelope: gives what :func:`lower_envelope` gives; ``None`` takes that.
 
     Returns:
         (B, C, *spatial) float32, and the unit.
@@ -37,7 +41,7 @@ def squared_distance(
     squared = (_distance_along_last_axis(inside) * steps[-1]).square()
     for axis in range(len(sides) - 2, -1, -1):
         rows = squared.reshape(-1, sides[axis], sides[axis + 1 :].numel())  # (fields, L, lanes)
-        squared = _lower_envelope(rows, steps[axis], rows_per_step)
+        squared = (envelope or lower_envelope)(rows, steps[axis], rows_per_step)
     return squared.reshape(inside.shape), unit
 
 
@@ -127,7 +131,7 @@ def _distance_along_last_axis(inside: Tensor) -> Tensor:
     return distance
 
 
-def _lower_envelope(values: Tensor, step: float, rows_per_step: int | None) -> Tensor:
+def lower_envelope(values: Tensor, step: float, rows_per_step: int | None) -> Tensor:
     """Replace values (R, L, M) by min_j values[:, j] + (step (i - j))^2 along the middle axis."""
     length, lanes = values.shape[1:]
     index = torch.arange(length, dtype=torch.float32, device=values.device)
@@ -140,8 +144,8 @@ def _lower_envelope(values: Tensor, step: float, rows_per_step: int | None) -> T
     fields = max(1, _CPU_BLOCK // (length * width))
     return torch.cat(
         [
-            torch.cat([_minimum_by_rows(block, parabolas, 1) for block in _blocks(group, 2, width)], dim=2)
-            for group in _blocks(values, 0, fields)
+            torch.cat([_minimum_by_rows(block, parabolas, 1) for block in blocks(group, 2, width)], dim=2)
+            for group in blocks(values, 0, fields)
         ]
     )
 
@@ -150,10 +154,10 @@ def _minimum_by_rows(values: Tensor, parabolas: Tensor, rows: int) -> Tensor:
     """Take the minimum for ``rows`` output rows at a time."""
     if rows >= parabolas.shape[0]:
         return (values[:, None] + parabolas).amin(2)
-    return torch.cat([(values[:, None] + some).amin(2) for some in _blocks(parabolas, 0, rows)], dim=1)
+    return torch.cat([(values[:, None] + some).amin(2) for some in blocks(parabolas, 0, rows)], dim=1)
 
 
-def _blocks(tensor: Tensor, axis: int, size: int) -> list[Tensor]:
+def blocks(tensor: Tensor, axis: int, size: int) -> list[Tensor]:
     """Give views of ``size`` slices each along an axis, the last one shorter."""
     length = tensor.shape[axis]
     return [tensor.narrow(axis, start, min(size, length - start)) for start in range(0, length, size)]

@@ -13,15 +13,19 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from detpost import boxes as box_ops
+from detpost.detections import Detections, clear_invalid
 from detpost.kernels.aten.selection import select
-from detpost.reference.decode import Steps
+from detpost.reference.decode import Steps, take
 from detpost.reference.softmax import GAP_SCALE, GREATEST_STEP, REST_SCALE, SLOPE, limbs, tables_on
+from detpost.spec import DecodeSpec
 
-__all__ = ["STEPS", "best_class", "scores", "scores_of"]
+__all__ = ["STEPS", "best_class", "products_on", "scores", "scores_of"]
 
-_CHUNK: Final = 1 << 15  # numbers at a time, of each thread
+_CHUNK: Final = 1 << 16  # numbers at a time, of each thread
 _BELOW, _ABOVE = -(2.0**129), 2.0**129  # beyond every float32
 _NAN = -(2.0**130)
+_REFERENCE: Final = Steps()
 
 
 def best_class(logits: Tensor) -> Tensor:
@@ -33,9 +37,15 @@ def best_class(logits: Tensor) -> Tensor:
     Returns:
         (...), int64.
     """
-    # On a processor argmax gives the first of equal ones; NaN is made a number below those that float32 has.
-    wide = logits.detach().to(torch.float64)
-    return wide.nan_to_num(nan=_NAN, posinf=_ABOVE, neginf=_BELOW).argmax(dim=-1)
+    # On a processor argmax gives the first of equal ones; NaN is made a number below those that float32 has. Queries at
+    # a time that fit into the cache: as float64, all of them are new memory, and that is slower than to look at it.
+    rows = logits.detach().flatten(0, -2) if logits.dim() > 1 else logits.detach().unsqueeze(0)
+    count = max(1, _CHUNK * torch.get_num_threads() // max(int(rows.shape[1]), 1))
+    found = [
+        chunk.to(torch.float64).nan_to_num(nan=_NAN, posinf=_ABOVE, neginf=_BELOW).argmax(dim=1)
+        for chunk in torch.split(rows, count)
+    ]
+    return torch.cat(found).reshape(logits.shape[:-1])
 
 
 def scores(logits: Tensor) -> Tensor:
@@ -90,7 +100,7 @@ def _weights(rows: Tensor) -> tuple[Tensor, Tensor]:
     gap = gap.to(torch.float32).nan_to_num(nan=0.0) * GAP_SCALE
     steps = gap.clamp(max=GREATEST_STEP).to(torch.int32)  # towards 0, which is down
     place, rest = steps >> 10, steps & 1023
-    shares = _products_on(rows.device).index_select(0, place.flatten()).view(rows.shape)
+    shares = products_on(rows.device).index_select(0, place.flatten()).view(rows.shape)
     shares = shares * torch.rsub(rest.to(torch.float32), 1.0, alpha=REST_SCALE * SLOPE)
 
     bits, limb_count = limbs(int(rows.shape[1]))
@@ -109,11 +119,30 @@ def _weights(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @functools.lru_cache(maxsize=8)
-def _products_on(device: torch.device) -> Tensor:
+def products_on(device: torch.device) -> Tensor:
     """Give COARSE[i] * FINE[j] at i * 256 + j."""
     coarse, fine = tables_on(device)
     with torch.inference_mode(mode=False):
         return (coarse.unsqueeze(1) * fine).flatten()
 
 
-STEPS = Steps(select, best_class, scores, scores_of)
+def _corners(boxes: Tensor, queries: Tensor, image_sizes: Tensor | None, spec: DecodeSpec) -> Tensor:
+    """Give the boxes of the kept queries in pixels, in fewer operators: of one image they cost more than their work."""
+    if image_sizes is None:
+        return _REFERENCE.corners(boxes, queries, None, spec)
+    is_one = boxes.shape[0] == 1
+    kept = boxes[0].index_select(0, queries[0]).unsqueeze(0) if is_one else take(boxes, queries)
+    corners = box_ops.convert(kept.to(torch.promote_types(kept.dtype, torch.float32)), spec.box_format, "xyxy")
+    sides = image_sizes.to(corners.dtype).flip(1)  # width, height
+    corners = corners * torch.cat((sides, sides), dim=1).unsqueeze(1)
+    return box_ops.clip(corners, image_sizes) if spec.clip else corners
+
+
+def _clear(scores: Tensor, labels: Tensor, boxes: Tensor, queries: Tensor, valid: Tensor) -> Detections:
+    """Look whether there is anything to clear: mostly there is not."""
+    if valid.all():
+        return Detections(scores, labels, boxes, queries, valid)
+    return clear_invalid(scores, labels, boxes, queries, valid)
+
+
+STEPS = Steps(select, best_class, scores, scores_of, corners=_corners, clear=_clear)

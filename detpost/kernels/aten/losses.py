@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from detpost.reference import distance
 from detpost.reference import erosion as reference
 
-__all__ = ["erosion", "second_gradient", "squared_distance", "squared_distance_by_rows"]
+__all__ = ["erosion", "second_gradient", "squared_distance", "squared_distance_by_rows", "squared_distance_nearby"]
+
+# Elements that are worked on at a time, so that they stay in a processor's cache.
+_BLOCK: Final = 1 << 16
+# Rows to both sides after which it is asked again whether any farther one can be nearer.
+_ROWS_PER_LOOK: Final = 4
 
 
 def squared_distance(inside: Tensor, spacing: tuple[float, ...]) -> tuple[Tensor, float]:
@@ -22,6 +29,39 @@ def squared_distance(inside: Tensor, spacing: tuple[float, ...]) -> tuple[Tensor
 def squared_distance_by_rows(inside: Tensor, spacing: tuple[float, ...]) -> tuple[Tensor, float]:
     """Do the same in steps that are few and small: for a graph, in which each is a node."""
     return distance.squared_distance(inside, spacing, distance.ROWS_PER_STEP)
+
+
+def squared_distance_nearby(inside: Tensor, spacing: tuple[float, ...]) -> tuple[Tensor, float]:
+    """Do the same from near to far, to the bit: most elements of a mask are near its boundary.
+
+    Row by row to both sides, until the distance to a row alone is more than any that is found. That is read, so no
+    compiler or tracer can follow.
+    """
+    return distance.squared_distance(inside, spacing, envelope=_envelope_from_near_to_far)
+
+
+def _envelope_from_near_to_far(values: Tensor, step: float, rows_per_step: int | None) -> Tensor:
+    length, lanes = values.shape[1:]
+    width = max(1, min(lanes, _BLOCK // length))
+    fields = max(1, _BLOCK // (length * width))
+    heights = (torch.arange(length, dtype=torch.float32, device=values.device) * step).square().tolist()
+
+    def lower(block: Tensor) -> Tensor:
+        if bool(block.amin().isinf()):  # no boundary at all
+            return block
+        beyond = F.pad(block, (0, 0, length - 1, length - 1), value=math.inf)
+        lowest = block
+        for rows in range(1, length):
+            if rows % _ROWS_PER_LOOK == 1 and heights[rows] >= float(lowest.amax()):
+                return lowest
+            before, after = beyond.narrow(1, length - 1 - rows, length), beyond.narrow(1, length - 1 + rows, length)
+            lowest = torch.minimum(lowest, torch.minimum(before, after) + heights[rows])
+        return lowest
+
+    groups = distance.blocks(values, 0, fields)
+    return torch.cat(
+        [torch.cat([lower(block) for block in distance.blocks(group, 2, width)], dim=2) for group in groups]
+    )
 
 
 def erosion(

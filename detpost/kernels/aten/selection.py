@@ -1,7 +1,11 @@
 """Selection by ``topk``, which promises no order for equal scores, made exact.
 
-For a processor, every score and its index make one float64 key, no two of which are equal: one ``topk`` of these gives
-the one right set in the one right order, and makes up for what the keys cost by looking at groups first.
+On a processor, where nobody watches, what ``topk`` gives is looked at. The k + 1 greatest values are the same however
+it breaks ties; where no two of them are equal and none is NaN, it broke none, and its order is the one right order.
+
+Where it may have, every score and its index make one float64 key, no two of which are equal: one ``topk`` of these
+gives the one right set in the one right order, and makes up for what the keys cost by looking at groups first. So, too,
+where values must not be looked at and there is float64.
 
 Elsewhere the k-th greatest value is taken, which is the same whichever of equal scores a ``topk`` takes. With it every
 element has a rank: above that value, equal to it, or (where it is -inf) NaN. Rank and index make one integer, no two of
@@ -25,7 +29,7 @@ from torch.nn import functional as F
 
 from detpost.reference import selection as reference
 
-__all__ = ["select", "select_by_top_k"]
+__all__ = ["select", "select_by_looking", "select_by_top_k"]
 
 # Under this many scores per kept one, and in rows shorter than this, the group prefilter costs more than it saves.
 _PREFILTER_MIN_RATIO = 8
@@ -42,6 +46,8 @@ _INFINITY, _NAN = 2.0**129, -(2.0**130)  # beyond every float32
 _NEIGHBOURS, _MIN_RATIO_OF_NEIGHBOURS = 32, 128
 # And then maxima of keys far apart, which are maxima of whole slices.
 _LAYERS, _MIN_RATIO_OF_LAYERS = 8, 16
+# Without keys, likewise: a topk of the scores themselves costs less.
+_MIN_RATIO_OF_SCORES = 32
 
 
 def select(scores: Tensor, k: int) -> Tensor:
@@ -60,6 +66,45 @@ def select(scores: Tensor, k: int) -> Tensor:
     if scores.dtype != torch.float64 and scores.device.type != "mps" and width <= _WIDEST:
         return _select_by_keys(scores.detach(), min(k, width))
     return reference.select_top_k(scores, k) if k >= width else _select(scores.detach(), k, _order_by_sort)
+
+
+def select_by_looking(scores: Tensor, k: int) -> Tensor:
+    """Select where values may be read at any time: on a processor, where nobody watches which operators run.
+
+    Args:
+        scores: (B, N), float32 or float64.
+        k: how many to keep, at least 1.
+
+    Returns:
+        (B, min(k, N)), int64, best first. Carries no gradient.
+    """
+    width, rows = scores.shape[1], scores.detach()
+    if width == 0:
+        return reference.select_top_k(scores, k)
+    values, places = _greatest_layer_by_layer(rows, min(k + 1, width))
+    falls = values[:, 1:] < values[:, :-1]  # not where one is NaN, which a topk puts first
+    chosen = places[:, :k]
+    if falls.all():
+        return chosen
+    tied = falls.all(dim=1).logical_not().nonzero().flatten()
+    return chosen.index_copy(0, tied, select(rows.index_select(0, tied), k))
+
+
+def _greatest_layer_by_layer(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Give the k greatest values of rows (B, N), and places where they stand: (B, k) each."""
+    batch, width = rows.shape
+    if width < _MIN_RATIO_OF_SCORES * k:
+        values, places = rows.topk(k, dim=1)
+        return values, places
+    # Columns as good as their best element: the k best columns have the k greatest values among them.
+    layers = 2 * _LAYERS if batch * width >= _MIN_RATIO_OF_NEIGHBOURS * k else _LAYERS
+    columns = -(-width // layers)
+    gap = columns * layers - width
+    stacked = (F.pad(rows, (0, gap), value=-math.inf) if gap else rows).view(batch, layers, columns)
+    chosen = stacked.amax(dim=1).topk(k, dim=1, sorted=False).indices
+    taken = stacked.gather(2, chosen.unsqueeze(1).expand(batch, layers, k)).flatten(1)
+    values, best = taken.topk(k, dim=1)
+    return values, best // k * columns + chosen.gather(1, best % k)
 
 
 def select_by_top_k(scores: Tensor, k: int) -> Tensor:

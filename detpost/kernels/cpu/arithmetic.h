@@ -11,11 +11,59 @@ DETPOST_INLINE void load(Floats& to, const float* from) { std::memcpy(&to, from,
 DETPOST_INLINE void store(float* to, const Floats& from) { std::memcpy(to, &from, sizeof from); }
 DETPOST_INLINE void fill(Floats& to, float value) { to = value - (Floats){}; }
 
-DETPOST_INLINE float greatest_lane(const Floats& values) {
-  float best = values[0];
-  for (int lane = 1; lane < kLanes; ++lane) best = values[lane] > best ? values[lane] : best;
-  return best;
+// The lanes in another order: each changes places with the one `kDistance` away, a power of two below `kLanes`. Masks of all
+// lanes, here and below, since GCC 12 warns of an operand without them that nobody reads.
+template <int kDistance>
+DETPOST_INLINE Floats swapped(const Floats& values) {
+#if DETPOST_REGISTER == 64
+  if (kDistance == 8) return _mm512_maskz_shuffle_f32x4(0xFFFF, values, values, 0x4E);
+  if (kDistance == 4) return _mm512_maskz_shuffle_f32x4(0xFFFF, values, values, 0xB1);
+  return _mm512_maskz_permute_ps(0xFFFF, values, kDistance == 2 ? 0x4E : 0xB1);
+#elif DETPOST_REGISTER == 32
+  if (kDistance == 4) return _mm256_permute2f128_ps(values, values, 1);
+  return _mm256_permute_ps(values, kDistance == 2 ? 0x4E : 0xB1);
+#else
+  Floats other;
+  for (int lane = 0; lane < kLanes; ++lane) other[lane] = values[lane ^ kDistance];
+  return other;
+#endif
 }
+
+// Of numbers that are none of them NaN.
+DETPOST_INLINE Floats greater(const Floats& a, const Floats& b) { return a > b ? a : b; }
+
+DETPOST_INLINE float greatest_lane(Floats values) {
+#if DETPOST_REGISTER == 64
+  values = greater(values, swapped<8>(values));
+#endif
+#if DETPOST_REGISTER >= 32
+  values = greater(values, swapped<4>(values));
+#endif
+  values = greater(values, swapped<2>(values));
+  return greater(values, swapped<1>(values))[0];
+}
+
+DETPOST_INLINE float sum_of_lanes(Floats values) {
+#if DETPOST_REGISTER == 64
+  values += swapped<8>(values);
+#endif
+#if DETPOST_REGISTER >= 32
+  values += swapped<4>(values);
+#endif
+  values += swapped<2>(values);
+  return (values + swapped<1>(values))[0];
+}
+
+#if DETPOST_FMA
+// a * b + c, rounded once.
+DETPOST_INLINE Floats fused(const Floats& a, const Floats& b, const Floats& c) {
+#if DETPOST_REGISTER == 64
+  return _mm512_fmadd_ps(a, b, c);
+#else
+  return _mm256_fmadd_ps(a, b, c);
+#endif
+}
+#endif
 
 // The lanes of a comparison that hold, lowest bit first.
 DETPOST_INLINE uint32_t lane_bits(const Ints& mask) {
@@ -33,6 +81,37 @@ DETPOST_INLINE uint32_t lane_bits(const Ints& mask) {
 }
 
 DETPOST_INLINE bool any_lane(const Ints& mask) { return lane_bits(mask) != 0; }
+
+// The lanes in which two numbers are equal, and those in which one of them is NaN, as `lane_bits`: from one comparison,
+// where a compiler makes a register of a mask first.
+DETPOST_INLINE uint32_t equal_bits(const Floats& a, const Floats& b) {
+#if DETPOST_REGISTER == 64
+  return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ);
+#else
+  return lane_bits(a == b);
+#endif
+}
+
+DETPOST_INLINE uint32_t nan_bits(const Floats& a, const Floats& b) {
+#if DETPOST_REGISTER == 64
+  return _mm512_cmp_ps_mask(a, b, _CMP_UNORD_Q);
+#elif DETPOST_REGISTER == 32
+  return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_UNORD_Q)));
+#else
+  return lane_bits((a != a) | (b != b));
+#endif
+}
+
+// Towards 0.
+DETPOST_INLINE Floats whole_part(const Floats& values) {
+#if DETPOST_REGISTER == 64
+  return _mm512_maskz_roundscale_ps(0xFFFF, values, _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC);
+#elif DETPOST_REGISTER == 32
+  return _mm256_round_ps(values, _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC);
+#else
+  return __builtin_convertvector(__builtin_convertvector(values, Ints), Floats);
+#endif
+}
 
 // exp(x) for |x| <= 708 to about 1e-15 of it: 2^n times the series of the rest. Written so that a compiler takes several
 // at a time, and equal numbers come out equal wherever they stand.

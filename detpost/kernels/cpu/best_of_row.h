@@ -213,25 +213,25 @@ DETPOST_INLINE float element(const void* data, int dtype, int64_t i) {
   return value;
 }
 
-// A row as float32: itself, or a widened copy.
-static const float* as_float_row(const void* data, int dtype, int64_t row, int64_t width) {
-  if (dtype == kFloat32) return static_cast<const float*>(data) + row * width;
-  const uint16_t* narrow = static_cast<const uint16_t*>(data) + row * width;
-  float* wide = scratch.take<float>(0, width);
+// The numbers data[first, first + count) as float32: themselves, or a widened copy.
+static const float* as_floats(const void* data, int dtype, int64_t first, int64_t count) {
+  if (dtype == kFloat32) return static_cast<const float*>(data) + first;
+  const uint16_t* narrow = static_cast<const uint16_t*>(data) + first;
+  float* wide = scratch.take<float>(0, count);
   int64_t i = 0;
   if (dtype == kBFloat16) {
-    for (; i < width; ++i) {
+    for (; i < count; ++i) {
       const uint32_t bits = static_cast<uint32_t>(narrow[i]) << 16;
       std::memcpy(wide + i, &bits, sizeof bits);
     }
     return wide;
   }
 #if DETPOST_FMA
-  for (; i + 8 <= width; i += 8) {
+  for (; i + 8 <= count; i += 8) {
     const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(narrow + i));
     _mm256_storeu_ps(wide + i, _mm256_cvtph_ps(halves));
   }
 #endif
-  for (; i < width; ++i) wide[i] = widen_half(narrow[i]);
+  for (; i < count; ++i) wide[i] = widen_half(narrow[i]);
   return wide;
 }

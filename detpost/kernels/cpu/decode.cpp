@@ -14,6 +14,9 @@ namespace {
 
 thread_local Scratch scratch;
 
+// Queries whose keys are made together: a multiple of what any register holds.
+constexpr int64_t kQueriesAtOnce = 32;
+
 // exp(-i * step) in two parts, whose sum has twice the digits.
 template <int kCount>
 struct Exponentials {
@@ -57,18 +60,38 @@ struct DecodeArguments {
   float* out_boxes;
   int64_t* out_queries;
   uint8_t* out_valid;
+  // Where pairs are not chosen by the logits themselves: in how many parts the keys of an image are made, and how many
+  // places they and the labels take. `keys`, `labels`: made for all images before, or null.
+  int64_t parts = 0, keys_stride = 0, labels_stride = 0;
+  float* keys = nullptr;
+  uint32_t* labels = nullptr;
 };
+
+void lay_out_keys(DecodeArguments& of) {
+  const bool by_query = of.selection == kPerQuery;
+  if (!by_query && of.activation != kSoftmax) return;
+  of.parts = (of.queries + kQueriesAtOnce - 1) / kQueriesAtOnce;
+  of.keys_stride = of.parts * kQueriesAtOnce * (by_query ? 1 : of.classes);
+  of.labels_stride = by_query ? of.parts * kQueriesAtOnce : 0;
+}
 
 }  // namespace
 
 #define DETPOST_FAMILY "decode.h"
 #include "levels.h"
 
+namespace {
+
+// Keys that several threads make are the caller's to hold: a thread's own scratch is what it works with.
+thread_local Scratch shared;
+
+}  // namespace
+
 DETPOST_EXPORT int detpost_decode(const char* record) {
   return outcome_of([&] {
     DecodeCall call;
     std::memcpy(&call, record, sizeof call);
-    const DecodeArguments arguments{reinterpret_cast<const void*>(call.logits),
+    DecodeArguments arguments{reinterpret_cast<const void*>(call.logits),
                                     static_cast<int>(call.dtype),
                                     static_cast<int>(call.activation),
                                     static_cast<int>(call.selection),
@@ -91,7 +114,17 @@ DETPOST_EXPORT int detpost_decode(const char* record) {
                                     reinterpret_cast<float*>(call.out_boxes),
                                     reinterpret_cast<int64_t*>(call.out_queries),
                                     reinterpret_cast<uint8_t*>(call.out_valid)};
-    const bool small = call.batch * call.queries * call.classes < (1 << 16);
-    start(DETPOST_BEST(decode_image), arguments, call.batch, small ? 1 : static_cast<int>(call.threads));
+    lay_out_keys(arguments);
+    const int64_t numbers = call.batch * call.queries * call.classes;
+    const bool weighs = call.activation == kSoftmax;
+    // A weight takes several times as long as a comparison, and only then is it worth to wake a thread for fewer.
+    const int threads = numbers < (weighs ? 1 << 13 : 1 << 16) ? 1 : static_cast<int>(call.threads);
+    if (weighs && call.batch < 2 * threads) {  // too few images to keep the threads busy: they share each
+      const int64_t keys = call.batch * arguments.keys_stride;
+      arguments.keys = shared.take<float>(0, keys + call.batch * arguments.labels_stride);
+      arguments.labels = reinterpret_cast<uint32_t*>(arguments.keys + keys);
+      start(DETPOST_BEST(make_shared_part), arguments, call.batch * arguments.parts, threads);
+    }
+    start(DETPOST_BEST(decode_image), arguments, call.batch, numbers < 1 << 16 ? 1 : threads);
   });
 }

@@ -59,86 +59,141 @@ static const float* without_background(const DecodeArguments& of, const float* l
   return foreground;
 }
 
-// The softmax of every pair.
-static const float* all_probabilities(const DecodeArguments& of, const float* logits) {
+// The softmax of every pair of some queries.
+static void score_pairs(const DecodeArguments& of, const float* logits, int64_t queries, float* scores) {
   const Limbs limbs(of.classes);
-  float* scores = scratch.take<float>(4, of.queries * of.classes);
-  for (int64_t query = 0; query < of.queries; ++query) {
+  for (int64_t query = 0; query < queries; ++query) {
     const float* row = logits + query * of.classes;
     float* out = scores + query * of.classes;
     const Greatest peak = greatest_of(row, of.classes);
-    const float inverse = 1.0f / total_weight(row, of.classes, peak.value, limbs, out, kInfinity);
+    const float inverse = 1.0f / total_weight(row, of.classes, peak.value, limbs, out);
     for (int64_t i = 0; i < of.classes; ++i) out[i] *= inverse;
     if (peak.has_nan) {
       for (int64_t i = 0; i < of.classes; ++i) out[i] = std::numeric_limits<float>::quiet_NaN();
     }
     if (of.background >= 0) out[of.background] = std::numeric_limits<float>::quiet_NaN();
   }
-  return scores;
 }
 
-// From how far the best logit of each query lies below the greatest, and what its weights sum up to: its probability.
-static void probabilities_of_best(const float* gaps, const float* totals, int64_t padded, float* scores) {
+// Of some queries, `kQueriesAtOnce` at the most.
+struct Weighed {
+  float gaps[kQueriesAtOnce];    // how far the best logit lies below the greatest
+  float peaks[kQueriesAtOnce];   // the greatest
+  float enough[kQueriesAtOnce];  // a sum of weights for which the best class is below the threshold
+  float totals[kQueriesAtOnce];  // what the weights sum up to
+};
+
+// The probability of each query's best class.
+static void probabilities_of_best(const Weighed& of, int64_t padded, float* scores) {
   Floats weight, total;
   for (int64_t i = 0; i < padded; i += kLanes) {
-    load(weight, gaps + i);
-    load(total, totals + i);
-    weights_of<1>(&weight);
+    load(weight, of.gaps + i);
+    load(total, of.totals + i);
+    weight *= kStepsOfLogit;
+    weights_of<1>(&weight, 1.0f);
     store(scores + i, weight * (1.0f / total));
   }
 }
 
-// What the weights of a query sum up to; or any part of it that leaves the best class below the threshold, by whose slot
-// nobody can tell. Most queries of a trained head see nothing: for them one pass over their logits is all.
-DETPOST_INLINE float total_of(const DecodeArguments& of, const float* row, float peak, float gap, const Limbs& limbs) {
-  float enough = kInfinity;
-  if (of.has_threshold && of.threshold > 1e-6f) {
-    const double weight = exponential(gap < 64.0f ? -static_cast<double>(gap) : -64.0);
-    enough = static_cast<float>(1.001 * weight / of.threshold);  // more than what the weight rounds by
-    if (enough <= 1.0f) return 1.0f;  // the weight of the greatest logit alone
-    if (of.classes <= kMostCheap && peak > -kInfinity && peak < kInfinity) {
-      const float least = least_sum(row, of.classes, peak, enough);
-      if (least >= enough) return least;
-    }
+// Without a threshold no sum is.
+static void find_enough(const DecodeArguments& of, int64_t padded, Weighed& queries) {
+  const bool has_threshold = of.has_threshold && of.threshold > 1e-6f;
+  for (int64_t i = 0; i < padded; ++i) {
+    const double weight = exponential(queries.gaps[i] < 64.0f ? -static_cast<double>(queries.gaps[i]) : -64.0);
+    const float enough = static_cast<float>(1.001 * weight / of.threshold);  // more than what the weight rounds by
+    queries.enough[i] = has_threshold ? enough : kInfinity;
   }
-  return total_weight(row, of.classes, peak, limbs, nullptr, enough);
 }
 
-// The best class of each query, by its logits: far below the background all its probabilities are 0.
-static Keys best_classes(const DecodeArguments& of, const float* logits) {
+// What the weights of a query sum up to, or any part of it that is `enough`. Most queries of a trained head see nothing: for
+// them one pass over their logits is all.
+DETPOST_INLINE float total_of(const float* row, int64_t classes, float peak, float enough, const Limbs& limbs) {
+  if (enough <= 1.0f) return 1.0f;  // the weight of the greatest logit alone
+  if (enough < kInfinity && classes <= kMostCheap && peak > -kInfinity && peak < kInfinity) {
+    const float least = least_sum(row, classes, peak, enough);
+    if (least >= enough) return least;
+  }
+  return total_weight(row, classes, peak, limbs, nullptr);
+}
+
+// The best class of some queries, `kQueriesAtOnce` at the most, by their logits: far below the background all the
+// probabilities of a query are 0. Writes as many keys as whole registers hold. A query that is seen to be below the
+// threshold gets any label: by whose slot it is, nobody can tell.
+static void choose_classes(const DecodeArguments& of, const float* logits, int64_t queries, float* keys,
+                           uint32_t* labels) {
   constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
-  const int64_t padded = (of.queries + kLanes - 1) / kLanes * kLanes;
-  float* keys = scratch.take<float>(4, 4 * padded);
-  float *gaps = keys + padded, *totals = gaps + padded;
-  uint32_t* labels = reinterpret_cast<uint32_t*>(totals + padded);
-  const Limbs limbs(of.classes);
+  Weighed weighed;
+  float best[kQueriesAtOnce];
+  const int64_t padded = (queries + kLanes - 1) / kLanes * kLanes;
   const int64_t first = of.background == 0, last = of.classes - (of.background > 0);
   for (int64_t query = 0; query < padded; ++query) {
-    gaps[query] = 0.0f, totals[query] = 1.0f;
-    if (query >= of.queries) continue;
+    weighed.gaps[query] = 0.0f, weighed.totals[query] = 1.0f;
+    if (query >= queries) continue;
     const float* row = logits + query * of.stride;
-    Greatest best = greatest_of(row + first, last - first), peak = best;
-    const int64_t label = first_place(row, first, last, best.value);
-    labels[query] = static_cast<uint32_t>(label);
-    keys[query] = label < last ? best.value : kNaN;
-    if (of.activation != kSoftmax) continue;
+    const Greatest greatest = greatest_of(row + first, last - first);
+    float peak = best[query] = greatest.value;
+    bool has_nan = greatest.has_nan;
     if (of.background >= 0) {
       const float background = row[of.background];
-      peak.value = background > peak.value ? background : peak.value;
-      peak.has_nan = peak.has_nan || background != background;
+      peak = background > peak ? background : peak;
+      has_nan = has_nan || background != background;
     }
-    gaps[query] = best.value == -kInfinity ? kInfinity : best.value == peak.value ? 0.0f : peak.value - best.value;
-    totals[query] = peak.has_nan || label == last ? kNaN : total_of(of, row, peak.value, gaps[query], limbs);
+    weighed.peaks[query] = peak;
+    weighed.gaps[query] = best[query] == -kInfinity ? kInfinity : best[query] == peak ? 0.0f : peak - best[query];
+    if (has_nan) weighed.totals[query] = kNaN;
   }
-  if (of.activation == kSoftmax) probabilities_of_best(gaps, totals, padded, keys);
-  return {keys, of.queries, labels};
+  const bool weighs = of.activation == kSoftmax;
+  if (weighs) find_enough(of, padded, weighed);
+  const Limbs limbs(of.classes);
+  for (int64_t query = 0; query < queries; ++query) {
+    const float* row = logits + query * of.stride;
+    float& total = weighed.totals[query];
+    if (weighs && total == total) {
+      total = total_of(row, of.classes, weighed.peaks[query], weighed.enough[query], limbs);
+      labels[query] = 0;
+      if (total >= weighed.enough[query]) continue;
+    }
+    const int64_t label = first_place(row, first, last, best[query]);
+    labels[query] = static_cast<uint32_t>(label);
+    keys[query] = label < last ? best[query] : kNaN;
+    if (label == last) total = kNaN;
+  }
+  if (weighs) probabilities_of_best(weighed, padded, keys);
 }
 
-static Keys keys_of(const DecodeArguments& of, const float* logits) {
-  if (of.selection == kPerQuery) return best_classes(of, logits);
+// Makes the keys of part `part` of an image: of `kQueriesAtOnce` queries.
+static void make_part(const DecodeArguments& of, int64_t image, int64_t part, float* keys, uint32_t* labels) {
+  const int64_t first = part * kQueriesAtOnce, left = of.queries - first;
+  const int64_t queries = left < kQueriesAtOnce ? left : kQueriesAtOnce;
+  const float* logits = as_floats(of.logits, of.dtype, (image * of.queries + first) * of.stride, queries * of.stride);
+  if (of.selection == kPerQuery) {
+    choose_classes(of, logits, queries, keys + first, labels + first);
+  } else {
+    score_pairs(of, logits, queries, keys + first * of.classes);
+  }
+}
+
+[[maybe_unused]] static void make_shared_part(const void* data, int64_t task) {
+  const DecodeArguments& of = *static_cast<const DecodeArguments*>(data);
+  const int64_t image = task / of.parts;
+  make_part(of, image, task % of.parts, of.keys + image * of.keys_stride, of.labels + image * of.labels_stride);
+}
+
+static Keys keys_of(const DecodeArguments& of, int64_t image) {
   const int64_t pairs = of.queries * of.classes;
-  if (of.activation == kSoftmax) return {all_probabilities(of, logits), pairs, nullptr};
-  return {of.background < 0 ? logits : without_background(of, logits), pairs, nullptr};
+  if (of.parts == 0) {  // the logits themselves
+    const float* logits = as_floats(of.logits, of.dtype, image * pairs, pairs);
+    return {of.background < 0 ? logits : without_background(of, logits), pairs, nullptr};
+  }
+  float* keys = of.keys + image * of.keys_stride;
+  uint32_t* labels = of.labels + image * of.labels_stride;
+  if (!of.keys) {
+    keys = scratch.take<float>(4, of.keys_stride + of.labels_stride);
+    labels = reinterpret_cast<uint32_t*>(keys + of.keys_stride);
+    for (int64_t part = 0; part < of.parts; ++part) make_part(of, image, part, keys, labels);
+  }
+  if (of.selection == kPerQuery) return {keys, of.queries, labels};
+  return {keys, pairs, nullptr};
 }
 
 // Exact, and several at a time, which whole numbers are not divided: a quotient of 32 bits never rounds up to the next.
@@ -149,7 +204,7 @@ static void divide_all(const uint32_t* numbers, int64_t count, uint32_t by, uint
 
 static void decode_image(const void* data, int64_t image) {
   const DecodeArguments& of = *static_cast<const DecodeArguments*>(data);
-  const Keys keys = keys_of(of, as_float_row(of.logits, of.dtype, image, of.queries * of.stride));
+  const Keys keys = keys_of(of, image);
   uint32_t* best = scratch.take<uint32_t>(7, of.kept);
   select_best(keys.values, keys.count, of.kept, best);
 

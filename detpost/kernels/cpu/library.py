@@ -19,7 +19,7 @@ import torch
 
 __all__ = ["function", "instructions", "missing", "register"]
 
-_INTERFACE = 9
+_INTERFACE = 13
 
 
 @functools.cache

@@ -2,21 +2,27 @@
 
 ``F.interpolate(logits, size, mode="bilinear", align_corners=False)`` is two passes of linear interpolation. Along x it
 makes few numbers (as many rows as the logits have), so it is left to ``F.interpolate``. Along y it makes all of them,
-and each is needed for one comparison only: here a band of output rows between the same two source rows is blended and
-compared while it is still in the cache. A band is small enough for PyTorch to run it on the calling thread, and threads
-take whole masks: had each operation its own parallel loop, tens of thousands of barriers would make it slow wherever
-the cores are not idle.
+and each is needed for one comparison only: ``mask_upsampling.cpp`` blends two rows and compares what comes out in one
+pass.
+
+Without it, a band of output rows between the same two source rows is blended and compared while it is still in the
+cache. A band is small enough for PyTorch to run it on the calling thread, and threads take whole masks: had each
+operation its own parallel loop, tens of thousands of barriers would make it slow wherever the cores are not idle.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from ctypes import c_float, c_int, c_int64, c_void_p
 from itertools import groupby
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from detpost.kernels.cpu import library
+from detpost.kernels.serving import kernel_for
 
 __all__ = ["upsample_and_compare"]
 
@@ -65,9 +71,12 @@ def upsample_and_compare(
 
 def _blend_all(rows: Tensor, out: Tensor, threshold: float, inclusive: bool) -> None:
     """Blend rows (n, source height, width) to masks (n, height, width), a share of the masks on each thread."""
+    if _is_native():
+        _blend_by_kernel(rows, out, threshold, inclusive)
+        return
     count, source_height, width = rows.shape
     bands = _bands(source_height, out.shape[1], max(1, (_SERIAL - 1) // width))
-    lower = _positions(source_height, out.shape[1]).frac().unsqueeze(-1)
+    lower = _positions(source_height, out.shape[1]).frac().unsqueeze(-1)  # weights of the lower rows
     sizes = [size for size, _, _ in bands]
     weights = list(zip(torch.split(lower, sizes), torch.split(1 - lower, sizes), strict=True))
     is_inference = torch.is_inference_mode_enabled()  # each thread has its own mode
@@ -86,6 +95,31 @@ def _blend_all(rows: Tensor, out: Tensor, threshold: float, inclusive: bool) -> 
     limits = [count * part // workers for part in range(workers + 1)]
     with ThreadPoolExecutor(workers) as pool:
         list(pool.map(blend, limits[:-1], limits[1:]))
+
+
+def _is_native() -> bool:
+    """Tell whether the kernel rounds as PyTorch's compiled operators do here: both fuse, or neither."""
+    if library.missing() is not None or kernel_for("cpu") != "native":
+        return False
+    return (library.instructions() != "baseline instructions") == (torch.backends.cpu.get_cpu_capability() != "DEFAULT")
+
+
+def _blend_by_kernel(rows: Tensor, out: Tensor, threshold: float, inclusive: bool) -> None:
+    positions = _positions(rows.shape[1], out.shape[1])
+    last = rows.shape[1] - 1
+    uppers = positions.to(torch.int32).clamp(max=last)
+    lowers = (uppers + 1).clamp(max=last)
+    lower_weights = positions.frac()
+    upper_weights = 1 - lower_weights
+    library.function(
+        "detpost_blend_masks",
+        *(c_void_p, c_int64, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_void_p),
+        *(c_float, c_int, c_void_p, c_int),
+    )(
+        *(rows.data_ptr(), rows.shape[0], rows.shape[1], out.shape[1], out.shape[2]),
+        *(uppers.data_ptr(), lowers.data_ptr(), upper_weights.data_ptr(), lower_weights.data_ptr()),
+        *(threshold, inclusive, out.data_ptr(), torch.get_num_threads()),
+    )
 
 
 def _blend(

@@ -5,8 +5,9 @@ import torch
 
 from detpost import DecodeSpec, DetectionPostProcessor, kernels
 from detpost.kernels import dispatch
+from detpost.kernels.aten import gradient
 from detpost.kernels.cpu import decode as native_decode
-from detpost.kernels.cpu import library, numpy_decode
+from detpost.kernels.cpu import decode_back, library, numpy_decode
 from detpost.verify.compare import raw_cases
 
 pytestmark = pytest.mark.skipif(library.missing() is not None, reason=f"the C++ kernels are {library.missing()}")
@@ -56,19 +57,23 @@ def test_the_decode_is_the_plain_one(forced, kind, name):
     assert taken > 10
 
 
-def test_gradients_exports_and_double_precision_go_the_plain_way(forced):
+def test_derivatives_exports_and_double_precision_go_ways_of_their_own(forced):
     forced("native")
     logits, boxes = torch.randn(1, 9, 4), torch.rand(1, 9, 4)
     spec = DecodeSpec()
 
-    def runs(logits, boxes):
+    def runs(logits, boxes, spec=spec):
         return dispatch._form("decode", logits, logits, boxes, None, spec)
 
     definition = dispatch.FORMS["decode"][-1].run
     assert runs(logits, boxes) is native_decode.decode
     assert runs(logits.double(), boxes) is definition
     assert runs(logits, boxes.double()) is definition
-    assert runs(logits, boxes.requires_grad_()) is definition
+    with_gradient = runs(logits, boxes.requires_grad_())
+    assert with_gradient.func is gradient.decode
+    assert with_gradient.keywords == {"without_gradient": native_decode.decode, "back": decode_back.decode_back}
+    assert runs(logits, boxes, DecodeSpec(clip=True)) is definition
+    assert runs(logits, boxes, DecodeSpec(activation="softmax")) is definition
     with torch.no_grad():
         assert runs(logits, boxes) is native_decode.decode
     program = torch.export.export(DetectionPostProcessor(spec), (logits, torch.rand(1, 9, 4), torch.ones(1, 2)))

@@ -156,3 +156,41 @@ def test_a_threshold_at_a_score_leaves_out_what_reaches_it_and_no_more(classes):
             here = replace(spec, score_threshold=threshold)
             expected = reference_decode(logits, boxes, None, here)
             assert_same_bits(native.decode(logits, boxes, None, here), expected, threshold)
+
+
+@NATIVE
+@pytest.mark.parametrize("selection", ["flat", "per_query"])
+@pytest.mark.parametrize("background", ["none", "first", "last"])
+@pytest.mark.parametrize("shape", [(1, 300, 92), (2, 97, 130), (1, 33, 600)])
+def test_threads_that_share_an_image_give_what_one_gives(shape, background, selection, monkeypatch):
+    generator = torch.Generator().manual_seed(7)
+    logits = torch.randn(shape, generator=generator) * 3
+    logits[0, 31, 5] = math.nan
+    logits[0, 32, 2] = math.inf
+    boxes = torch.rand(*shape[:2], 4, generator=generator)
+    spec = DecodeSpec(activation="softmax", selection=selection, background=background, top_k=50, score_threshold=0.05)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        found = []
+        for threads in (1, 3):
+            monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+            found.append(native.decode(logits.to(dtype), boxes, None, spec))
+        monkeypatch.undo()
+        expected = reference_decode(logits.to(dtype), boxes, None, spec)
+        for one, several, of_reference in zip(*found, expected, strict=True):
+            assert torch.equal(one, several)
+            assert torch.equal(one, of_reference)
+
+
+@pytest.mark.parametrize("threshold", [0.02, 0.1])
+def test_numpy_looks_closer_only_at_what_may_reach_the_threshold(threshold):
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn(2, 300, 400, generator=generator) * 2.5  # enough of them to be screened
+    logits[0, 4, 7], logits[1, 5, 1], logits[1, 6] = math.nan, math.inf, -math.inf
+    boxes = torch.rand(2, 300, 4, generator=generator)
+    spec = DecodeSpec.preset("detr", score_threshold=threshold)
+    expected = reference_decode(logits, boxes, None, spec)
+    assert 0 < int(expected.valid.sum()) < 600
+    found = numpy_decode._decode(logits, boxes, None, spec)
+    assert found is not None
+    for of_numpy, of_reference in zip(found, expected, strict=True):
+        assert torch.equal(of_numpy, of_reference)
