@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from detpost.export.graph import import_onnx
@@ -93,11 +93,34 @@ class Mixture:
         """
         names = set(kept)
         taken = [node for name, node in self._named_nodes() if name in names]
-        emitted = self._emit(taken)
-        return self._assemble(emitted, {name for node in taken for name in node.output if name}, tuple(outputs))
+        given = {name for node in taken for name in node.output if name}
+        seen = {f"seen/{name}": KEPT + name if name in given else self._raw[name] for name in outputs}
+        return self._assemble(self._emit(taken), given, seen)
 
     def build_with(self, value: str) -> onnx.ModelProto:
         """Make the other graph with one value taken from the reference, and all that this value comes from."""
+        return self._assemble(self._emit(self._before(value)), {value}, {})
+
+    def watched(self, values: Iterable[str], taken: str | None = None) -> onnx.ModelProto:
+        """Make the other graph with values of it as outputs, before they are rounded and as their readers take them.
+
+        Args:
+            values: names in the reference.
+            taken: a value taken from the reference, with all that this value comes from; ``None`` takes none.
+
+        Returns:
+            The model, with outputs ``before/NAME`` and ``after/NAME`` beside those that there are.
+        """
+        outputs: dict[str, str] = {}
+        for name in values:
+            raw = self._raw[name]
+            rounded = sorted(view for view in self._views.get(name, ()) if view != raw and not self._is_low(view))
+            outputs |= {f"before/{name}": raw, f"after/{name}": rounded[0] if rounded else raw}
+        before = [] if taken is None else self._before(taken)
+        return self._assemble(self._emit(before), set() if taken is None else {taken}, outputs)
+
+    def _before(self, value: str) -> list[onnx.NodeProto]:
+        """List the reference's nodes that a value comes from, in order."""
         before: list[onnx.NodeProto] = []
         waiting, seen = [value], set[str]()
         while waiting:
@@ -107,8 +130,7 @@ class Mixture:
                 before.append(node)
                 waiting.extend(name for name in node.input if name)
         order = {node.output[0]: place for place, node in enumerate(self.reference.graph.node) if node.output}
-        before.sort(key=lambda node: order[node.output[0]])
-        return self._assemble(self._emit(before), {value}, ())
+        return sorted(before, key=lambda node: order[node.output[0]])
 
     def _named_nodes(self) -> list[tuple[str, onnx.NodeProto]]:
         return [(node.name or first, node) for first, node in self._nodes.items()]
@@ -220,7 +242,7 @@ class Mixture:
             put(node)
         return list(emitted.values())
 
-    def _assemble(self, emitted: list[onnx.NodeProto], replaced: set[str], outputs: tuple[str, ...]) -> onnx.ModelProto:
+    def _assemble(self, emitted: list[onnx.NodeProto], replaced: set[str], seen: Mapping[str, str]) -> onnx.ModelProto:
         onnx = import_onnx()
         model = onnx.ModelProto()
         model.CopyFrom(self.other)
@@ -238,7 +260,6 @@ class Mixture:
         for name in set(wanted) & renamed.keys():  # an output of the file: what made it gives way
             nodes = [node for node in nodes if name not in node.output]
             nodes.append(onnx.helper.make_node("Identity", [renamed[name]], [name], f"{KEPT}{name}/out"))
-        seen = {f"seen/{name}": KEPT + name if name in replaced else self._raw[name] for name in outputs}
         nodes += [onnx.helper.make_node("Identity", [value], [name], name) for name, value in seen.items()]
         ordered = in_order(nodes)
         del graph.node[:]

@@ -22,7 +22,7 @@ from detpost.export.source import first_line
 from detpost.export.written import WrittenFile
 from detpost.spec import DecodeSpec
 
-__all__ = ["OpenVinoModel", "open_openvino", "to_openvino"]
+__all__ = ["OpenVinoModel", "open_openvino", "read_openvino", "to_openvino", "write_openvino"]
 
 _RT_INFO = ["detpost", "metadata"]
 
@@ -89,7 +89,22 @@ def _convert(openvino: Any, source: Path, path: Path, notes: tuple[str, ...], sa
     if metadata["ties"] == "onnx":
         _make_top_k_stable(openvino, model)
     say("writing the file")
-    _write_pair(openvino, model, path, metadata)
+    return write_openvino(model, path, metadata, notes)
+
+
+def write_openvino(model: Any, path: Path, metadata: Mapping[str, Any], notes: tuple[str, ...] = ()) -> WrittenFile:
+    """Write a model of OpenVINO's with what the file says of itself, weights as they are.
+
+    Args:
+        model: an ``openvino.Model``.
+        path: the ``.xml`` file.
+        metadata: what :func:`read_openvino` gives.
+        notes: what is to be said of it.
+
+    Returns:
+        What was written.
+    """
+    _write_pair(_import_openvino(), model, path, metadata)
     return WrittenFile(
         path=path,
         format="openvino",
@@ -183,26 +198,31 @@ class OpenVinoModel:
     Args:
         compiled: OpenVINO's compiled model.
         metadata: what the file says of itself.
+        model: what was compiled, which says the names: compiling adds others to an input that is cast first, as in half
+            files; ``None`` takes those of ``compiled``.
     """
 
-    def __init__(self, compiled: Any, metadata: dict[str, Any]) -> None:
+    def __init__(self, compiled: Any, metadata: dict[str, Any], model: Any = None) -> None:
         self.compiled = compiled
         self.metadata = metadata
+        named = compiled if model is None else model
+        self._inputs = {value.get_any_name(): port for value, port in zip(named.inputs, compiled.inputs, strict=True)}
+        self._outputs = {
+            value.get_any_name(): port for value, port in zip(named.outputs, compiled.outputs, strict=True)
+        }
 
     @property
     def inputs(self) -> dict[str, tuple[int | None, ...]]:
         """Name and shape of each input; ``None`` where a dimension is free."""
         return {
-            value.get_any_name(): tuple(
-                None if size.is_dynamic else size.get_length() for size in value.get_partial_shape()
-            )
-            for value in self.compiled.inputs
+            name: tuple(None if size.is_dynamic else size.get_length() for size in port.get_partial_shape())
+            for name, port in self._inputs.items()
         }
 
     @property
     def dtypes(self) -> dict[str, Any]:
         """Name and NumPy dtype of each input."""
-        return {value.get_any_name(): value.get_element_type().to_dtype() for value in self.compiled.inputs}
+        return {name: port.get_element_type().to_dtype() for name, port in self._inputs.items()}
 
     def run(self, feed: Mapping[str, Any]) -> dict[str, Any]:
         """Run the model.
@@ -213,9 +233,9 @@ class OpenVinoModel:
         Returns:
             A NumPy array by the name of each output.
         """
-        found = self.compiled(dict(feed))
+        found = self.compiled({self._inputs[name]: value for name, value in feed.items()})
         # Copies: the arrays that come back are OpenVINO's own memory, which the next run writes anew.
-        return {value.get_any_name(): found[value].copy() for value in self.compiled.outputs}
+        return {name: found[port].copy() for name, port in self._outputs.items()}
 
 
 def open_openvino(path: str | Path) -> OpenVinoModel:
@@ -226,6 +246,26 @@ def open_openvino(path: str | Path) -> OpenVinoModel:
 
     Returns:
         The model.
+
+    Raises:
+        ImportError: openvino is missing; the message names the extra.
+        OSError: the ``.xml`` or its ``.bin`` is missing.
+        ValueError: a file that detpost did not write, or weights that are not its own.
+    """
+    model, metadata = read_openvino(path)
+    # By default OpenVINO computes in bfloat16 where the processor can, and the order of detections would change.
+    compiled = _import_openvino().Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    return OpenVinoModel(compiled, metadata, model)
+
+
+def read_openvino(path: str | Path) -> tuple[Any, dict[str, Any]]:
+    """Read a file of :func:`to_openvino`.
+
+    Args:
+        path: the ``.xml`` file.
+
+    Returns:
+        The ``openvino.Model``, and what the file says of itself.
 
     Raises:
         ImportError: openvino is missing; the message names the extra.
@@ -250,8 +290,7 @@ def open_openvino(path: str | Path) -> OpenVinoModel:
     metadata = json.loads(model.get_rt_info(_RT_INFO).astype(str))
     if metadata["weights_sha256"] != _digest(weights):
         raise ValueError(f"{weights} does not belong to {path}: an export was interrupted, export again")
-    # By default OpenVINO computes in bfloat16 where the processor can, and the order of detections would change.
-    return OpenVinoModel(core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"}), metadata)
+    return model, metadata
 
 
 def _import_openvino() -> Any:

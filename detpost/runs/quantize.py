@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import tempfile
@@ -15,18 +16,19 @@ from detpost.export.artifact import finish, read_metadata
 from detpost.export.files import replace_when_whole
 from detpost.export.layouts import recorded_layout
 from detpost.export.lowering import PRECISIONS, Precision, calibrate, lower, lowerable, prepared
-from detpost.export.mixed import module_of
+from detpost.export.mixed import Mixture
 from detpost.export.rounded import fewer_bits, written_out
 from detpost.export.source import first_line
+from detpost.runs.quantized import Quantized, Truth
 from detpost.verify.bisect import Budget, Measured, OutOfBudgetError, needed
 from detpost.verify.changes import compare_detections, disagreement
-from detpost.verify.diagnose import load_model, parts_of
+from detpost.verify.diagnose import load_model
 from detpost.verify.on_images import OnImages
+from detpost.verify.suspects import suspects
 
 if TYPE_CHECKING:
     import onnx
 
-    from detpost.export.written import WrittenFile
 
 __all__ = ["Quantized", "quantize"]
 
@@ -36,35 +38,6 @@ _MOST_CALIBRATION_IMAGES = 256
 _SPENT = 0.5
 # What of a step's gain a part of it must bring, so that it is no accident of the images.
 _SHARE_OF_GAIN = 0.75
-
-
-@dataclass(frozen=True)
-class Quantized:
-    """What :func:`quantize` wrote.
-
-    Args:
-        written: the file.
-        recipe: the JSON file that repeats it.
-        precision: ``"int8"``, ``"fp16"`` or ``"bf16"``.
-        measure: what the loss is of: ``"AP"`` or ``"matched detections"``.
-        loss: of what was written, against the float file; ``None`` where a recipe was repeated.
-        all_lowered: the loss with nothing of the network kept.
-        float_nodes: nodes of the network that stay float32.
-        weight_nodes: with int8, nodes whose weights alone are int8.
-        size: of the file as a share of the float file's.
-        complete: whether the search came to its end within the budget.
-    """
-
-    written: WrittenFile
-    recipe: Path
-    precision: Precision
-    measure: str
-    loss: float | None
-    all_lowered: float | None
-    float_nodes: tuple[str, ...]
-    weight_nodes: tuple[str, ...]
-    size: float
-    complete: bool = True
 
 
 @dataclass(frozen=True)
@@ -97,8 +70,9 @@ def quantize(
     """Write a detector in fewer bits; its post-processing stays float32.
 
     Args:
-        model: an ``.onnx`` file of detpost's in float32, or what :func:`detpost.export.to_onnx` takes.
-        out: the ``.onnx`` file to write; beside it the recipe, ``NAME.recipe.json``.
+        model: an ``.onnx`` file of detpost's in float32, or what :func:`detpost.export.to_onnx` takes; or an ``.xml``
+            file, which NNCF makes one of int8 (:mod:`detpost.runs.quantize_openvino`).
+        out: the ``.onnx`` file to write, ``.xml`` of an ``.xml`` file; beside it the recipe, ``NAME.recipe.json``.
         precision: ``"int8"``: QDQ, weights per channel; ``"fp16"``; ``"bf16"``.
         images: files of images to calibrate and measure on, a hundred or more, of the kind that the detector will see.
         keep: names of nodes of the network that stay float32, or ``"auto"``: none if the loss allows, else those that a
@@ -117,15 +91,37 @@ def quantize(
         What was written.
 
     Raises:
-        ImportError: onnx or onnxruntime is missing; the message names the extra.
+        ImportError: onnx, onnxruntime or nncf is missing; the message names the extra.
         OSError: a file that is missing or cannot be read.
         ValueError: no images, a file that is no whole float32 detector of detpost's, a node that does not exist, or a
             loss that is too great with everything kept that may be.
     """
     say = progress or (lambda _: None)
+    if Path(model).suffix == Path(out).suffix == ".xml":
+        from detpost.runs.quantize_openvino import quantize_openvino
+
+        if precision != "int8":
+            raise ValueError(
+                f"an .xml file becomes int8; got {precision!r}: convert an .onnx file of {precision} by `to_openvino`"
+            )
+        return quantize_openvino(
+            Path(model),
+            Path(out),
+            images,
+            keep=keep,
+            max_loss=max_loss,
+            annotations=annotations,
+            threshold=threshold,
+            symmetric=symmetric,
+            recipe=recipe,
+            budget=budget,
+            progress=progress,
+            tell=tell,
+        )
     if Path(out).suffix != ".onnx":
         raise ValueError(
-            f"quantize writes .onnx files; got {out}: OpenVINO takes one of int8 by `to_openvino(FILE.onnx, FILE.xml)`"
+            f"quantize writes .onnx files, and .xml files of .xml files; got {model} and {out}: "
+            "OpenVINO takes an .onnx file of int8 by `to_openvino(FILE.onnx, FILE.xml)`, too"
         )
     if precision not in PRECISIONS:
         raise ValueError(f"unknown precision {precision!r}: take one of {', '.join(PRECISIONS)}")
@@ -176,7 +172,7 @@ class _Search:
         self.model, self.precision, self.symmetric = prepared(source), precision, symmetric
         self.threshold, self.max_loss, self.budget = threshold, max_loss, budget
         self.on_images = OnImages(path, [Path(image) for image in images])
-        self.truth = None if annotations is None else _Truth(Path(annotations), self.on_images)
+        self.truth = None if annotations is None else Truth(Path(annotations), self.on_images)
         self.ranges: dict[str, tuple[float, float]] = {}
         self.units = lowerable(self.model, precision)
         self.measured: float | None = None
@@ -267,21 +263,19 @@ class _Search:
         def as_good(kept: frozenset[str]) -> bool:
             return enough(kept) and self.apart[kept] <= max(most, self.apart[everything])
 
-        groups = self._groups(units)
-        grouped = needed(list(groups), lambda _, part: as_good(frozenset(u for g in part for u in groups[g])))
-        left = [unit for group in grouped for unit in groups[group]]
+        ranked = [unit for name in self.ranked for unit in (name, _WEIGHTS + name) if unit in everything]
+        size = _least(len(ranked), lambda size: as_good(frozenset(ranked[:size])))
+        left = [unit for unit in units if unit in set(ranked[:size])]
         if any(unit.startswith(_WEIGHTS) for unit in units):  # costs little: not worth a search by node
             return frozenset(left)
         return frozenset(needed(left, lambda _, part: as_good(part)))
 
-    def _groups(self, units: Sequence[str]) -> dict[str, list[str]]:
-        by_name = {node.name: node for node in self.model.graph.node}
-        modules = {unit: module_of(by_name[unit.removeprefix(_WEIGHTS)], wrapped=False) for unit in units}
-        place = parts_of(sorted({*modules.values()}))
-        groups: dict[str, list[str]] = {}
-        for unit in units:
-            groups.setdefault(place[modules[unit]], []).append(unit)
-        return groups
+    @functools.cached_property
+    def ranked(self) -> tuple[str, ...]:
+        """The nodes that may be in fewer bits, those first whose rounding adds most error."""
+        mixture = Mixture(self.model, _lowered(self.model, self._plan((), ())))
+        found = suspects(mixture, self.on_images.path, self.on_images.images)
+        return tuple(dict.fromkeys([*(name for name in found if name in self.units), *self.units]))
 
     def _plan_of(self, kept: frozenset[str]) -> _Plan:
         weights = {name.removeprefix(_WEIGHTS) for name in kept if name.startswith(_WEIGHTS)}
@@ -314,6 +308,18 @@ def _runs_ahead(units: int) -> int:
     return 30 + 4 * units.bit_length()
 
 
+def _least(most: int, enough: Callable[[int], bool]) -> int:
+    """Give the least size that is enough, by doubling and halving; ``most`` is known to be."""
+    high = 1
+    while high < most and not enough(high):
+        high = high * 2
+    low, high = high // 2, min(high, most)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if enough(middle) else (middle, high)
+    return high
+
+
 def _lowered(model: onnx.ModelProto, plan: _Plan) -> onnx.ModelProto:
     return lower(
         model,
@@ -323,49 +329,6 @@ def _lowered(model: onnx.ModelProto, plan: _Plan) -> onnx.ModelProto:
         ranges=plan.ranges,
         symmetric=plan.symmetric,
     )
-
-
-class _Truth:
-    """A ground truth of images, and the AP that detections have on it."""
-
-    def __init__(self, path: Path, on_images: OnImages) -> None:
-        from detpost.runs.coco import match_categories, read_annotations
-
-        truth = read_annotations(path)
-        by_name = {Path(image["file_name"]).name: image for image in truth["images"] if image.get("file_name")}
-        known = [by_name.get(file.name) for file in on_images.images]
-        lacking = [file.name for file, image in zip(on_images.images, known, strict=True) if image is None]
-        if lacking:
-            raise ValueError(
-                f"{path} has no image {lacking[0]!r}, nor {len(lacking) - 1} others that are calibrated on"
-            )
-        self.ids = [image["id"] for image in known if image is not None]
-        self.categories = match_categories(on_images.detector.class_names, truth["categories"])
-        chosen = set(self.ids)
-        rows = [row for row in truth["annotations"] if row["image_id"] in chosen]
-        images = [image for image in truth["images"] if image["id"] in chosen]
-        self.truth = {**truth, "images": images, "annotations": rows}
-
-    def precision(self, found: Sequence[dict[str, Any]]) -> float:
-        """Give COCO's AP."""
-        from detpost.runs.evaluate import evaluate
-
-        rows = []
-        for image, each in zip(self.ids, found, strict=True):
-            for score, label, box in zip(
-                each["scores"].tolist(), each["labels"].tolist(), each["boxes"].tolist(), strict=True
-            ):
-                if label in self.categories:
-                    x, y, right, bottom = box
-                    area = [x, y, right - x, bottom - y]
-                    category = self.categories[label]
-                    rows.append({"image_id": image, "category_id": category, "bbox": area, "score": score})
-        if not rows:
-            return 0.0
-        with tempfile.TemporaryDirectory(prefix="detpost-") as folder:
-            path = Path(folder) / "truth.json"
-            path.write_text(json.dumps(self.truth))
-            return evaluate(path, rows).metrics["AP"]
 
 
 def _write(

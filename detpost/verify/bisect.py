@@ -135,8 +135,8 @@ def needed(
     return [*needed(first, may_drop, kept | frozenset(last)), *last]
 
 
-def expected_runs(units: int, found: int = 4) -> int:
-    """Guess how many measures a search takes that finds some of the units."""
+def expected_runs(units: int, found: int = 2) -> int:
+    """Guess how many measures :func:`needed` takes that finds some of the units."""
     return math.ceil(2 * found * max(1.0, math.log2(max(2, units)))) + 4
 
 

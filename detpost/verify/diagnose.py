@@ -12,17 +12,23 @@ from typing import Any
 import numpy as np
 
 from detpost.export.mixed import Mixture
-from detpost.export.rounded import decode_in_fewer_bits, decode_warning, fewer_bits, is_decode
+from detpost.export.rounded import decode_in_fewer_bits, decode_warning, fewer_bits
 from detpost.export.weights import load_weights, read_onnx
 from detpost.verify.bisect import Budget, Measured, OutOfBudgetError, expected_runs, needed
 from detpost.verify.changes import Changes, compare_detections, disagreement
 from detpost.verify.evidence import Evidence, evidence_of
 from detpost.verify.on_images import OnImages, detect_all
+from detpost.verify.suspects import own_top_k, suspects
 
 __all__ = ["Diagnosis", "Finding", "QuerySelection", "diagnose", "load_model", "parts_of"]
 
 WORTH_A_NODE = 0.05  # of the loss: what a node, or a half of a graph, must bring to be kept
 _MOST_GROUPS = 12  # of modules, in the profile
+_FIRST = (1, 4, 16, 64)  # how many of the nodes that add most rounding are tried
+_MOST = 0.5  # of the loss: what gives back less of it is not where to search
+_LOOKED_AT = 8  # nodes one by one, where the loss is spread
+_STOPPED = "the budget is spent: the set found is not the smallest; the same command goes on from here"
+_MOST_FOUND = 40  # nodes that a search has which was stopped: more are no finding
 
 
 @dataclass(frozen=True)
@@ -79,9 +85,11 @@ class Diagnosis:
         disagreement: how far both are apart, between 0 and 1; what the search followed.
         runtime: where the version is half, the changes as ONNX Runtime computes it on this processor, which leaves
             roundings out; ``changes`` are those with every half value rounded, as a GPU stores it.
-        findings: the smallest set of nodes that explains the loss, in the order of the graph.
+        findings: the smallest set of nodes that explains the loss, in the order of the graph; where it is spread, those
+            of the nodes that add most error which give a part of it back alone.
         explained: how much of the disagreement they explain together.
-        modules: how much is back when a part of the network is float, by its name.
+        modules: how much is back when a part of the network is float, by its name: of parts that hold what was found,
+            or of all where the loss is spread.
         selection: what became of the network's own choice of queries, where it has one.
         decode: nodes of the post-processing in fewer bits.
         runs: how often the images were run.
@@ -308,18 +316,18 @@ class _Case:
 
         def measure(kept: frozenset[str]) -> float:
             try:
-                return asked(kept)
+                return asked(kept) if kept else apart
             except OutOfBudgetError:
                 stopped.append(True)
                 return float("nan")  # compares as no to everything: nothing more is dropped
 
         least = measure(frozenset(candidates))
-        self.runs = len(candidates)
-        estimate = expected_runs(len(candidates)) + _MOST_GROUPS
         self.say(
-            f"searching {len(candidates)} nodes: about {estimate} runs of {asked.slowest:.1f} s, "
-            f"{estimate * asked.slowest / 60:.1f} minutes" + (f"; {asked.resumed} known" if asked.resumed else "")
+            f"searching {len(candidates)} nodes: about {self._estimate} runs of {asked.slowest:.1f} s, "
+            f"{self._estimate * asked.slowest / 60:.1f} minutes" + (f"; {asked.resumed} known" if asked.resumed else "")
         )
+        if stopped:
+            return Diagnosis(*names, **known, notes=(*notes, _STOPPED), runs=asked.runs, complete=False)
         explainable = apart - least
 
         def back(kept: Iterable[str]) -> float:
@@ -332,17 +340,18 @@ class _Case:
             ]
             return Diagnosis(*names, **known, notes=tuple(notes), runs=asked.runs)
         selection = self._selection(apart, explainable)
-        allowed = WORTH_A_NODE * explainable
-        modules = self._profile(back)
-        found = needed(candidates, lambda whole, part: measure(part) - measure(whole) <= allowed)
+        ranked = suspects(self.mixture, self.reference, self.on_images.images)
+        found, modules, spread = self._smallest(ranked, back)
         if stopped:
+            first = ", ".join(ranked[:3])
             notes = [
                 *notes,
-                "the budget is spent: the set found is not the smallest; the same command goes on from here",
+                _STOPPED,
+                f"most rounding is added by {first}",
             ]
-        elif not found:
-            notes = [*notes, "the loss is spread: no node alone gives 5 % of it back; see the modules"]
-        findings = () if stopped and len(found) > 40 else self._findings(found, back)
+        elif spread:
+            notes = [*notes, _spread(found, back)]
+        findings = () if stopped and len(found) > _MOST_FOUND else self._findings(found, back)
         return Diagnosis(
             *names,
             **known,
@@ -355,12 +364,55 @@ class _Case:
             notes=tuple(notes),
         )
 
+    def _smallest(
+        self, ranked: Sequence[str], back: Callable[[Iterable[str]], float]
+    ) -> tuple[list[str], dict[str, float], bool]:
+        """Find the smallest set of nodes that explains the loss.
+
+        Where rounding is added is known from one pass, so the worst few nodes are tried first, and halves are dropped
+        of these alone. Where they do not explain the loss, a part of the network that gives most of it back is
+        searched; where none does, it is spread, and the worst nodes are looked at one by one.
+
+        Args:
+            ranked: the candidates, the worst first.
+            back: the share of the loss that is back when a set is float; not a number once the budget is spent.
+
+        Returns:
+            The set in the order of the graph, what is back by module, and whether the loss is spread.
+        """
+        order = {name: place for place, name in enumerate(self.mixture.candidates)}
+
+        def reduce(units: Iterable[str]) -> list[str]:
+            inside = sorted(units, key=order.__getitem__)
+            return needed(inside, lambda whole, part: back(whole) - back(part) <= WORTH_A_NODE)
+
+        few = [size for size in _FIRST if size < len(ranked)]
+        sizes = [*few, *([len(ranked)] if len(ranked) <= _FIRST[-1] else [])]
+        for size in sizes:
+            if back(ranked[:size]) >= 1 - WORTH_A_NODE:
+                found = reduce(ranked[:size])
+                return found, self._profile(back, found), False
+        modules = self._profile(back)
+        for size in few[:-1]:
+            if back(ranked[:size]) >= _MOST:
+                return reduce(ranked[:size]), modules, False
+        part = max(modules, key=modules.__getitem__, default="")
+        if modules.get(part, 0.0) >= _MOST:
+            return reduce(self._parts()[part]), modules, False
+        found = [name for name in ranked[:_LOOKED_AT] if back([name]) >= WORTH_A_NODE]
+        return sorted(found, key=order.__getitem__), modules, True
+
     def _measure(self, kept: frozenset[str]) -> float:
         return disagreement(self.expected, self.on_images.detect(self.mixture.build(kept)), self.threshold)
 
     def _told(self, runs: int) -> None:
         if self.tell is not None:
-            self.tell(runs, max(runs, expected_runs(len(self.mixture.candidates)) + _MOST_GROUPS))
+            self.tell(runs, max(runs, self._estimate))
+
+    @property
+    def _estimate(self) -> int:
+        """Guess how many runs the search takes."""
+        return len(_FIRST) + _MOST_GROUPS + expected_runs(min(_FIRST[-2], len(self.mixture.candidates)))
 
     def _question(self, names: tuple[str, str, tuple[str, ...]]) -> str:
         digest = hashlib.sha256()
@@ -380,22 +432,28 @@ class _Case:
             findings.append(Finding(name, node.op_type, self.mixture.module(name), *shares, tuple(seen[name])))
         return findings
 
-    def _profile(self, back: Callable[[Iterable[str]], float]) -> dict[str, float]:
-        """Measure what is back when one part of the network is float, for at most a dozen parts."""
-        modules = {name: self.mixture.module(name) or "(no module)" for name in self.mixture.candidates}
-        of = parts_of(sorted(set(modules.values())))
+    def _profile(self, back: Callable[[Iterable[str]], float], found: Sequence[str] | None = None) -> dict[str, float]:
+        """Measure what is back when one part of the network is float: of each, or of those that hold what was found."""
         shares = {
-            part: back([name for name, module in modules.items() if of[module] == part])
-            for part in dict.fromkeys(of[module] for module in modules.values())
+            part: back(names)
+            for part, names in self._parts().items()
+            if found is None or not set(found).isdisjoint(names)
         }
         return {part: _number(share) for part, share in shares.items() if not np.isnan(share)}
 
+    def _parts(self) -> dict[str, list[str]]:
+        """Cut the candidates into at most a dozen parts of the network."""
+        modules = {name: self.mixture.module(name) or "(no module)" for name in self.mixture.candidates}
+        of = parts_of(sorted(set(modules.values())))
+        parts: dict[str, list[str]] = {}
+        for name, module in modules.items():
+            parts.setdefault(of[module], []).append(name)
+        return parts
+
     def _selection(self, apart: float, explainable: float) -> QuerySelection | None:
         """Look at the first TopK of the network whose whole numbers are in both graphs."""
-        for node in self.float.graph.node:
-            if node.op_type == "TopK" and not is_decode(node) and self.mixture.raw_value(node.output[1]):
-                break
-        else:
+        node = own_top_k(self.mixture)
+        if node is None:
             return None
         indices = node.output[1]
         mine, theirs = (
@@ -429,6 +487,13 @@ def _notes_before(known: Mapping[str, Any]) -> list[str]:
             "there; what is said here is with every half value rounded, as a GPU stores it"
         )
     return notes
+
+
+def _spread(found: Sequence[str], back: Callable[[Iterable[str]], float]) -> str:
+    """Say that no small set explains the loss."""
+    if not found:
+        return "the loss is spread: no node alone gives 5 % of it back; see the modules"
+    return f"the loss is spread: the nodes named give {back(found):.0%} of it back together; see the modules"
 
 
 def _path(journal: str | Path | None) -> Path | None:

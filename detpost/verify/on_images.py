@@ -28,7 +28,7 @@ class OnImages:
     """Images as a file takes them, and a way to run versions of that file on them.
 
     Args:
-        path: an ``.onnx`` file of detpost's.
+        path: an ``.onnx`` file of detpost's, or an ``.xml`` one.
         images: the images' files.
         batch: most images at once.
 
@@ -38,11 +38,11 @@ class OnImages:
 
     def __init__(self, path: Path, images: Sequence[Path], batch: int = _BATCH) -> None:
         from detpost.detector import detector_of_file
-        from detpost.export.opened import open_onnx
+        from detpost.export.opened import open_file
 
         if not images:
             raise ValueError("no images: name a folder that has some")
-        opened = open_onnx(path)
+        opened = open_file(path)
         self.path, self.images, self.metadata = path, tuple(images), opened.metadata
         self.detector = detector_of_file(opened, threshold=0.0)
         self._feed = Feed.of(path, opened.metadata, opened.inputs)
@@ -80,11 +80,11 @@ class OnImages:
             model: what to run; ``None`` runs the file itself.
             values: outputs of the model whose first axis is the batch, or that hold all of it.
         """
-        from detpost.export.opened import open_onnx, opened_session
+        from detpost.export.opened import open_file, opened_session
         from detpost.export.runtime import onnx_session
 
         opened = (
-            open_onnx(self.path)
+            open_file(self.path)
             if model is None
             else opened_session(onnx_session(model.SerializeToString()), self.metadata, self.path)
         )

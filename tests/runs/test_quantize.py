@@ -10,12 +10,19 @@ from typer.testing import CliRunner
 
 from detpost import Detector
 from detpost.command.cli import app
-from detpost.export import verify
+from detpost.export import to_onnx, to_openvino, verify
 from detpost.export.lowering import lowerable
 from detpost.runs.quantize import quantize
 from tests.fewer_bits import float_model, on_scenes, ranges, scenes, tiny_file
 
 TRUTH = "truth.json"
+
+
+@pytest.fixture(scope="module")
+def raw_file(tmp_path_factory):
+    """The tiny detector as a float file that gives its raw outputs too."""
+    path = tmp_path_factory.mktemp("raw") / "raw.onnx"
+    return to_onnx("tiny", path, exporter="torchscript", keep_raw=True, queries=True).path
 
 
 def test_int8_holds_the_loss_and_the_recipe_repeats_it_to_the_bit(tmp_path):
@@ -51,6 +58,15 @@ def test_a_search_keeps_what_does_the_damage_until_the_loss_is_under_the_bound(t
     assert len(made.weight_nodes) < len(lowerable(float_model(), "int8"))
 
 
+@pytest.mark.parametrize("least", [1, 2, 5, 8, 49])
+def test_the_least_size_is_found_by_doubling_and_halving(least):
+    from detpost.runs.quantize import _least
+
+    asked = []
+    assert _least(49, lambda size: asked.append(size) or size >= least) == least
+    assert len(asked) == len(set(asked)) <= 12
+
+
 def test_named_nodes_stay_float_and_nothing_is_searched(tmp_path):
     kept = lowerable(float_model(), "fp16")[:5]
     made = quantize(tiny_file(), tmp_path / "half.onnx", "fp16", scenes()[:2], keep=kept)
@@ -60,16 +76,15 @@ def test_named_nodes_stay_float_and_nothing_is_searched(tmp_path):
 
 
 @pytest.mark.parametrize("precision", ["fp16", "int8"])
-def test_files_in_fewer_bits_decode_their_raw_outputs_as_eager_does(tmp_path, precision):
-    from detpost.export import to_onnx
-
-    whole = to_onnx("tiny", tmp_path / "raw.onnx", exporter="torchscript", keep_raw=True, queries=True).path
-    made = quantize(whole, tmp_path / "few.onnx", precision, scenes()[:4], keep=[])
-    report = verify(made.written.path, "tiny", images=list(scenes()[:2]))
-    own = [check for check in report.checks if "its own raw outputs" in check.name]
-    assert len(own) >= 6
-    assert all(check.ok for check in own)
-    assert report.warnings == ()
+def test_files_in_fewer_bits_decode_their_raw_outputs_as_eager_does_in_each_runtime(raw_file, tmp_path, precision):
+    pytest.importorskip("openvino")
+    made = quantize(raw_file, tmp_path / "few.onnx", precision, scenes()[:2], keep=[]).written
+    for path in (made.path, to_openvino(made.path, tmp_path / "few.xml").path):
+        report = verify(path, raw_file, images=list(scenes()[:1]))
+        own = [check for check in report.checks if "its own raw outputs" in check.name]
+        assert len(own) >= 6
+        assert all(check.ok for check in own)
+        assert report.warnings == ()
 
 
 def test_the_command_writes_it_and_doctor_and_verify_tell_of_a_quantised_decode(tmp_path):
@@ -127,7 +142,6 @@ def test_images_that_the_ground_truth_lacks_are_refused(tmp_path):
 
 def test_openvino_reads_the_int8_file(tmp_path):
     pytest.importorskip("openvino")
-    from detpost.export import to_openvino
     from detpost.verify.changes import compare_detections
     from detpost.verify.on_images import detect_all
 

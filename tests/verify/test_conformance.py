@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from detpost import DecodeSpec, DetectionPostProcessor
 from detpost.command.cli import app
+from detpost.detections import clear_invalid
 from detpost.verify.conformance import conform
 from detpost.verify.conformance.cases import all_cases
 from detpost.verify.conformance.faults import FAULTS
@@ -77,6 +78,13 @@ def wrong_order_of_ties(inputs):
     )
 
 
+def wrong_count(inputs):
+    """As many as there are queries, in as many slots as are asked for."""
+    found = decode_as_detpost(inputs)
+    kept = torch.arange(found.valid.shape[1]) < inputs["pred_logits"].shape[1]
+    return clear_invalid(*found[:4], found.valid & kept)
+
+
 def wrong_score(inputs):
     found = decode_as_detpost(inputs)
     return found._replace(scores=found.scores.half().float())
@@ -131,6 +139,7 @@ def test_every_choice_of_a_field_meets_every_choice_of_the_others():
         (wrong_background, "detr", "background-kept"),
         (wrong_order_of_ties, "rtdetr", "higher-index-first"),
         (wrong_score, "rtdetr", "half-scores"),
+        (wrong_count, "rtdetr", "as-many-as-queries"),
     ],
 )
 def test_a_wrong_runner_is_told_what_it_does(runner, preset, name):
@@ -147,6 +156,14 @@ def test_two_faults_at_once_are_both_named():
 
     report = conform(runner, "rtdetr")
     assert {difference.name for difference in report.differences} == {"argmax", "width-height"}
+
+
+def test_faults_go_together_in_any_order():
+    case = next(case for case in all_cases("rtdetr") if case.name.endswith("fewer candidates than slots"))
+    for first in FAULTS:
+        for second in FAULTS:
+            found = decode(second.change(first.change(plan_of(case))), case)
+            assert found.labels.shape == found.valid.shape == found.queries.shape
 
 
 def test_what_no_fault_explains_is_shown_by_its_first_slot():

@@ -157,6 +157,7 @@ def test_a_planted_fault_is_found_by_name(kind, tmp_path):
     )
     assert blamed & set(diagnosis.nodes)
     assert len(diagnosis.nodes) <= 6
+    assert diagnosis.runs <= 10
     assert diagnosis.complete
     assert any("about" in line and "minutes" in line for line in said)
     mine = [finding for finding in diagnosis.findings if finding.node in blamed]
@@ -167,6 +168,30 @@ def test_a_planted_fault_is_found_by_name(kind, tmp_path):
     assert set(told["nodes"]) == set(diagnosis.nodes)
     assert set(told["counts"]) == {"lost", "gained", "relabelled", "drifted", "borderline"}
     assert f"<code>{diagnosis.nodes[0]}</code>" in page(diagnosis)
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_spread_is_said_to_be_in_few_runs_and_a_search_that_stopped_goes_on(tmp_path):
+    onnx.save(float_model(), tmp_path / "float.onnx")
+    onnx.save(lower(float_model(), "int8", ranges=ranges()), tmp_path / "few.onnx")
+    files = tmp_path / "few.onnx", tmp_path / "float.onnx", scenes()[:4]
+
+    def stop(runs, ahead):
+        if runs == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        diagnose(*files, threshold=0.3, journal=tmp_path / "journal", tell=stop)
+    said = []
+    diagnosis = diagnose(*files, threshold=0.3, journal=tmp_path / "journal", progress=said.append)
+    assert any(line.endswith("; 5 known") for line in said)
+    assert diagnosis.complete
+    assert diagnosis.runs + 5 <= 36
+    assert any("the loss is spread" in note for note in diagnosis.notes)
+    assert len(diagnosis.modules) == 12
+    stopped = diagnose(*files, threshold=0.3, budget=1e-3)
+    assert not stopped.complete
+    assert any(note.startswith("the budget is spent") for note in stopped.notes)
 
 
 def test_permuted_queries_are_no_damage(tmp_path):

@@ -91,6 +91,11 @@ FAULTS = (
         "a flat index is taken apart as class * C + query, where it is query * C + class",
         _where("selection", "flat", pairs="class, query"),
     ),
+    Fault(
+        "as-many-as-queries",
+        "no more detections are kept than there are queries, where more are asked for",
+        _where("selection", "flat", most="queries"),
+    ),
     Fault("box-of-slot", "slot i has the box of query i, not of the query that was kept", _always(box_of="slot")),
     *(
         Fault(f"reads-{name}", f"boxes that come in are read as {name}, where they are not", _always(box_format=name))

@@ -34,6 +34,7 @@ class Plan:
     label_shift: int = 0
     pairs: Literal["query, class", "class, query"] = "query, class"  # what a flat index is taken apart into
     box_of: Literal["query", "slot"] = "query"
+    most: Literal["slots", "queries"] = "slots"  # how many are kept at the most
     order_by: Literal["logits", "float32 scores", "float16 scores"] = "logits"
     ties: Literal["lower", "higher", "any"] = "lower"
     nan: Literal["last", "first", "first, valid", "zero"] = "last"
@@ -101,7 +102,7 @@ def decode(plan: Plan, case: Case) -> Decoded:
     rows = np.arange(len(logits))[:, None]
     inside = np.minimum(queries, logits.shape[1] - 1)
     channel = np.minimum(labels, logits.shape[2] - 1)
-    if plan.pairs == "class, query":  # the score comes from the ranking, and is right
+    if plan.pairs == "class, query" and plan.selection == "flat":  # the score comes from the ranking, and is right
         scores = probabilities.reshape(len(logits), -1)[rows, queries + labels * logits.shape[2]]
     else:
         scores = probabilities[rows, inside, channel]
@@ -161,6 +162,8 @@ def _select(plan: Plan, logits: Array, keys: Array, is_background: Array) -> tup
         chosen = np.sort(chosen, axis=1)
     is_number = ~np.isnan(np.take_along_axis(rows, chosen, 1))
     kept = ~np.take_along_axis(barred, chosen, 1) & (is_number | (plan.nan == "first, valid"))
+    if plan.most == "queries":
+        kept = kept & (np.arange(kept.shape[1]) < logits.shape[1])
     if plan.selection == "per_query":
         return chosen, np.take_along_axis(best[..., 0], chosen, 1), kept
     if plan.pairs == "class, query":
