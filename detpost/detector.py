@@ -16,6 +16,7 @@ from detpost.heads.found import Found
 from detpost.heads.segmenter import SegmenterModule
 from detpost.images import FixedSize, Prepare, PreparedImage, Preprocessing, Untouched, opened
 from detpost.integrations.model_names import look_up
+from detpost.nms import NonMaximumSuppression
 from detpost.postprocess import DetectionPostProcessor, DetectorModule
 from detpost.spec import DecodeSpec
 
@@ -48,6 +49,7 @@ class Detector:
         preprocessing: the scaling and normalisation in ``prepare``, where that is known.
         prepare_as: where a file's preprocessing is an assumption, makes ``prepare`` of another one.
         find: of detectors that give more than boxes, the same as ``run`` with all of it.
+        nms: as :meth:`load` takes it.
 
     Example:
         >>> detector = Detector.load("tiny", device="cpu")
@@ -67,6 +69,7 @@ class Detector:
         preprocessing: Preprocessing | None = None,
         prepare_as: Callable[[Preprocessing], Prepare] | None = None,
         find: Find | None = None,
+        nms: float | None = None,
     ) -> None:
         self.run = run
         self.find: Find = find or (lambda images, sizes, mask: Found(run(images, sizes, mask)))
@@ -78,6 +81,7 @@ class Detector:
         self.spec = spec
         self.preprocessing = preprocessing
         self.prepare_as = prepare_as
+        self.nms = nms
 
     @classmethod
     def load(
@@ -87,6 +91,7 @@ class Detector:
         device: str | torch.device | None = None,
         threshold: float = 0.5,
         *,
+        nms: float | None = None,
         trust_remote_code: bool = False,
         allow_pickle: bool = False,
     ) -> Detector:
@@ -103,6 +108,9 @@ class Detector:
             device: where to run; ``None`` takes CUDA where there is one, else the CPU; for a ``.pt2`` file, the device
                 that it was made for.
             threshold: detections with ``score > threshold`` are given, within [0, 1].
+            nms: drop a detection whose IoU with a better one of its class is greater, within [0, 1]: greedy
+                non-maximum suppression, for detectors that report an object twice. It is no part of an exported file.
+                ``None``: keep all.
             trust_remote_code: whether Python code that comes with a transformers detector's weights is run.
             allow_pickle: whether files of weights that are pickles may be opened: ``.pth`` and ``.pt`` files, and the
                 weights that Ultralytics publishes.
@@ -113,8 +121,8 @@ class Detector:
         Raises:
             ImportError: a package that the source needs is missing; the message names the extra.
             OSError: nothing at that place; the message names detectors that are spelled alike.
-            ValueError: an unknown backend or one that the device does not have, a threshold out of range, a file that
-                is not a whole detector written by detpost, or code or a pickle that is not trusted.
+            ValueError: an unknown backend or one that the device does not have, a threshold or ``nms`` out of range, a
+                file that is not a whole detector written by detpost, or code or a pickle that is not trusted.
 
         Example:
             >>> detector = Detector.load("tiny", device="cpu", threshold=0.4)
@@ -125,11 +133,13 @@ class Detector:
             raise ValueError(f"unknown backend {backend!r}: take one of {', '.join(BACKENDS)}")
         if not 0 <= threshold <= 1:
             raise ValueError(f"threshold must lie within [0, 1]; got {threshold}")
+        if nms is not None and not 0 <= nms <= 1:
+            raise ValueError(f"nms must be an IoU within [0, 1]; got {nms}")
         found = look_up(source)
         if found.kind == "file":
-            return detector_of_file(_open_file(source, device), threshold)
+            return detector_of_file(_open_file(source, device), threshold, nms)
         if backend in ("onnx", "openvino"):
-            return _through_file(source, backend, threshold, trust_remote_code, allow_pickle)
+            return _through_file(source, backend, threshold, nms, trust_remote_code, allow_pickle)
         place = _place(device)
         if backend == "cudagraph" and place.type != "cuda":
             raise ValueError(f"backend 'cudagraph' needs a CUDA device; got {place}: take 'compile' there")
@@ -149,6 +159,7 @@ class Detector:
             spec=loaded.spec,
             preprocessing=loaded.export_preprocessing,
             find=find,
+            nms=nms,
         )
 
     def predict(self, images: Any, batch_size: int = 8) -> list[dict[str, Any]]:
@@ -229,6 +240,8 @@ class Detector:
             found = self.find(batch.to(self.device), sizes.to(self.device), placed_mask).first(len(images))
         kept = found.detections
         above = kept._replace(valid=kept.valid & (kept.scores > self.threshold))
+        if self.nms is not None:
+            above = NonMaximumSuppression(self.nms)(above)
         return [
             {
                 "scores": image["scores"],
@@ -288,7 +301,7 @@ def _in_backend(module: nn.Module, backend: str, dynamic_size: bool) -> Callable
 
 
 def _through_file(
-    source: str | Path, backend: str, threshold: float, trust_remote_code: bool, allow_pickle: bool
+    source: str | Path, backend: str, threshold: float, nms: float | None, trust_remote_code: bool, allow_pickle: bool
 ) -> Detector:
     """Export to a temporary file and open that; both runtimes hold all of it in memory then."""
     from detpost.export.formats import FORMATS
@@ -305,7 +318,7 @@ def _through_file(
             written = taken.write()(loaded.model, path, loaded.spec, exporter="torchscript", **known)
         except ValueError:
             written = taken.write()(loaded.model, path, loaded.spec, **known)
-        return detector_of_file(_open_file(written.path, None), threshold)
+        return detector_of_file(_open_file(written.path, None), threshold, nms)
 
 
 def _open_file(path: str | Path, device: Any) -> OpenedFile:
@@ -314,12 +327,13 @@ def _open_file(path: str | Path, device: Any) -> OpenedFile:
     return open_file(path, device)
 
 
-def detector_of_file(opened: OpenedFile, threshold: float) -> Detector:
+def detector_of_file(opened: OpenedFile, threshold: float, nms: float | None = None) -> Detector:
     """Make a detector of a file: what it says of itself is all that is needed.
 
     Args:
         opened: of :func:`detpost.export.opened.open_file`.
         threshold: as for :meth:`Detector.load`.
+        nms: likewise.
 
     Returns:
         The detector.
@@ -363,4 +377,5 @@ def detector_of_file(opened: OpenedFile, threshold: float) -> Detector:
         preprocessing,
         prepare_as if opened.metadata.get("preprocessing_assumed", False) else None,
         find,
+        nms,
     )

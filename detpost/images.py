@@ -35,12 +35,18 @@ class Rows(Protocol):
     def width(self) -> int:
         """Pixels."""
 
+    @property
+    def strip(self) -> int:
+        """About how many pixels are best asked for at once."""
+
     def rows(self, top: int, bottom: int) -> Tensor:
         """Give (3, bottom - top, width), uint8, on the CPU."""
 
 
 class FileRows:
     """The rows of a decoded image file, channels last as they lie there: the resize is several times faster so."""
+
+    strip = STRIP_PIXELS // 4  # what it copies stays near the processor then
 
     def __init__(self, image: UprightImage) -> None:
         self._image = image
@@ -53,6 +59,8 @@ class FileRows:
 
 class TensorRows:
     """The rows of an image that lies in memory whole: (3, H, W), uint8."""
+
+    strip = STRIP_PIXELS
 
     def __init__(self, image: Tensor) -> None:
         self._image = image
@@ -165,9 +173,10 @@ def resize(image: Rows, height: int, width: int) -> Tensor:
     """
     from torchvision.transforms.v2 import functional as vision
 
-    if image.height * image.width <= STRIP_PIXELS:
+    size = image.strip if _resizes_bytes() else STRIP_PIXELS
+    if image.height * image.width <= size:
         return vision.resize(image.rows(0, image.height), [height, width], antialias=True)  # type: ignore[no-any-return]
-    step = max(1, STRIP_PIXELS // image.width)
+    step = max(1, size // image.width)
     strips = (image.rows(top, min(top + step, image.height)) for top in range(0, image.height, step))
     # The filter is separable and goes along the rows first: no row needs its neighbours until all have their new width.
     if _resizes_bytes():
@@ -207,6 +216,11 @@ class PreparedImage(NamedTuple):
 
 class Prepare(ABC):
     """What is done to images before the network: to each alone, which any thread may do, and to the batch."""
+
+    @property
+    def input_size(self) -> tuple[int, int] | None:
+        """The (height, width) that every image is resized to, pixels; ``None`` where that is up to the image."""
+        return None
 
     @abstractmethod
     def one(self, image: Rows) -> PreparedImage:
@@ -268,10 +282,10 @@ class Preprocessing:
         """Scale and normalise a batch; differentiable and exportable.
 
         Args:
-            images: (B, 3, H, W), floating, values 0..255.
+            images: (B, 3, H, W) or (3, H, W), floating, values 0..255.
 
         Returns:
-            (B, 3, H, W), the same dtype, as the network takes it.
+            The same shape and dtype, as the network takes it.
         """
         mean, std = ([[[value]] for value in values] for values in (self.mean, self.std))
         scaled = images * self.scale
@@ -308,6 +322,11 @@ class FixedSize(Prepare):
     def __init__(self, preprocessing: Preprocessing) -> None:
         self.preprocessing = preprocessing
 
+    @property
+    def input_size(self) -> tuple[int, int]:
+        """The (height, width) that every image is resized to, pixels."""
+        return self.preprocessing.height, self.preprocessing.width
+
     def one(self, image: Rows) -> PreparedImage:
         """Resize an image; it stays uint8."""
         pixels = resize(image, self.preprocessing.height, self.preprocessing.width)
@@ -315,6 +334,7 @@ class FixedSize(Prepare):
 
     def batch(self, images: Sequence[PreparedImage]) -> tuple[Tensor, Tensor, None]:
         """Scale and normalise a batch."""
-        # Planes, whatever the images came as: a network computes other last places on channels that lie last.
-        planes = torch.stack([image.pixels for image in images]).contiguous()
-        return self.preprocessing.normalise(planes.to(torch.float32)), sizes_of(images), None
+        # Planes, whatever the images came as: a network computes other last places on channels that lie last. One image
+        # after the other: memory of a batch's size is new to the process at each step, and takes longer than the step.
+        planes = (image.pixels.contiguous().to(torch.float32) for image in images)
+        return torch.stack([self.preprocessing.normalise(each) for each in planes]), sizes_of(images), None

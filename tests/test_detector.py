@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.ops import batched_nms
 
 from detpost import Detector
 from detpost.images import Preprocessing, read_image
@@ -54,6 +55,20 @@ def test_threshold_is_strict_and_checked():
     assert all(len(image["scores"]) == 0 for image in Detector.load("tiny", threshold=1.0).predict(sample_images()))
     with pytest.raises(ValueError, match=r"threshold must lie within \[0, 1\]; got 1.5"):
         Detector.load("tiny", threshold=1.5)
+    with pytest.raises(ValueError, match=r"nms must be an IoU within \[0, 1\]; got 70"):
+        Detector.load("tiny", nms=70)
+
+
+@pytest.mark.parametrize("backend", ["eager", "onnx"])
+def test_nms_drops_what_overlaps_a_better_one_of_its_class_and_nothing_else(backend):
+    path = next(path for path in sample_images() if path.stem == "petals")
+    (every,) = Detector.load("tiny", backend, device="cpu", threshold=0.3).predict(path)
+    (found,) = Detector.load("tiny", backend, device="cpu", threshold=0.3, nms=0.7).predict(path)
+    kept = batched_nms(every["boxes"], every["scores"], every["labels"], 0.7)
+    assert 0 < len(kept) < len(every["scores"])
+    for name in ("scores", "labels", "boxes"):
+        assert torch.equal(found[name], every[name][kept]), name
+    assert found["label_names"] == [every["label_names"][place] for place in kept.tolist()]
 
 
 @pytest.mark.parametrize(

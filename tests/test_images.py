@@ -229,5 +229,8 @@ def test_strips_are_the_whole_image_whatever_its_mode_and_orientation(tmp_path, 
             strips = [rows.rows(top, min(top + step, height)) for top in range(0, height, step)]
             assert torch.equal(torch.cat(strips, dim=1), whole), step
     monkeypatch.setattr("detpost.images.STRIP_PIXELS", 5 * width)  # seven strips and more
+    monkeypatch.setattr("detpost.images.FileRows.strip", 5 * width)
+    monkeypatch.setattr("detpost.image_files.PIECE_PIXELS", 2 * width)  # of three pieces each
     with opened(path) as rows:
+        assert torch.equal(rows.rows(0, height), whole)
         assert torch.equal(resize(rows, 20, 24), expected)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from detpost.image_files import blocks_kept
 from detpost.runs.batches import detect_batch
 from detpost.runs.coco import match_images, read_annotations
 from detpost.runs.find_images import MARKER, FoundImages, find_images
@@ -51,6 +53,8 @@ class Summary:
         skipped: images without a result, of this run and of those before it, and folders that could not be looked into.
         files: what the results were written to.
         changed: whether anything was detected, drawn or written.
+        seconds: that a run on one machine waited for ``"reading"``, for the ``"network"``, and for ``"writing"``, which
+            includes drawing. Their sum is the time that the images took; all three go on side by side.
     """
 
     images: int
@@ -61,6 +65,7 @@ class Summary:
     skipped: tuple[Skipped, ...]
     files: tuple[Path, ...]
     changed: bool
+    seconds: Mapping[str, float] = field(default_factory=dict)
 
 
 def detect(
@@ -72,6 +77,7 @@ def detect(
     device: str | None = None,
     batch_size: int = 8,
     threshold: float = 0.5,
+    nms: float | None = None,
     formats: Sequence[str] = ("coco",),
     draw: bool = False,
     annotations: str | Path | None = None,
@@ -80,9 +86,11 @@ def detect(
     max_pixels: int = MAX_PIXELS,
     workers: int | None = None,
     tiling: Tiling | None = None,
+    draft: bool = False,
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
     progress: Progress | None = None,
+    stages: Callable[[Mapping[str, float]], object] | None = None,
 ) -> Summary:
     """Detect in images and write the results; go on where an earlier run into the same folder stopped.
 
@@ -99,6 +107,7 @@ def detect(
         device: as :meth:`detpost.Detector.load` takes it.
         batch_size: most images, or tiles of them, that go through the network at once.
         threshold: detections with ``score > threshold`` are kept.
+        nms: as :meth:`detpost.Detector.load` takes it.
         formats: ``"coco"`` (``detections.json``, COCO results, and ``images.json``, the images and categories they
             refer to), ``"jsonl"`` (``detections.jsonl``, one image per line), ``"csv"`` (``detections.csv``, one
             detection per line) and ``"parquet"`` (``detections.parquet``, one image per row).
@@ -110,9 +119,12 @@ def detect(
         max_pixels: images with more are skipped.
         workers: threads that decode, and as many that draw; ``None`` takes one for each core, at most 4.
         tiling: cuts images into tiles, which go through the network beside the whole image; ``None``: the whole alone.
+        draft: decode JPEG files at a half, a quarter or an eighth of their size where that is at least twice the
+            network's input in each direction. Quicker, and the network's input is not quite the same.
         trust_remote_code: as :meth:`detpost.Detector.load` takes it.
         allow_pickle: as :meth:`detpost.Detector.load` takes it.
         progress: called with how many images are done and how many there are, at the start and after each batch.
+        stages: called before each call of ``progress`` with :attr:`Summary.seconds` as they are then.
 
     Returns:
         What was done.
@@ -131,11 +143,13 @@ def detect(
         4
     """
     _check_arguments(batch_size, threshold, formats, max_pixels, workers)
+    if draft and (draw or tiling is not None):
+        raise ValueError(f"draft reads images at a reduced scale: leave out it or {'draw' if draw else 'tiles'}")
     root, names, unread = images if isinstance(images, FoundImages) else find_images(images)
     truth = None if annotations is None else read_annotations(annotations)
     given_ids = None if truth is None else match_images(truth["images"], names, str(annotations))
     folder = Path(out)
-    settings = settings_of(model, backend, threshold, trust_remote_code, tiling)
+    settings = settings_of(model, backend, threshold, trust_remote_code, tiling, draft, nms)
     folder.mkdir(parents=True, exist_ok=True)
     threads = workers or min(4, os.cpu_count() or 1)
     _leave_to_ray(folder, fresh)
@@ -143,21 +157,34 @@ def detect(
         if not fresh:
             check_settings(journal.header, settings, folder)
         pending = [name for name in names if fresh or not _is_finished(journal, root, name)]
-        memory, drawn = Memory(), 0
+        memory, drawn, waited = Memory(), 0, Waited()
         originals = Originals(root, max_pixels, memory)
         if pending:
             from detpost.detector import Detector
 
             detector = Detector.load(
-                model, backend, device, threshold, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle
+                model,
+                backend,
+                device,
+                threshold,
+                nms=nms,
+                trust_remote_code=trust_remote_code,
+                allow_pickle=allow_pickle,
             )
             _begin(journal, settings, detector, folder, fresh)
             kept = originals if draw else None
-            reader = Reader(root, detector.prepare, batch_size, max_pixels, threads, memory, kept, tiling)
+            reader = Reader(root, detector.prepare, batch_size, max_pixels, threads, memory, kept, tiling, draft)
             pictures = _pictures(folder, names, pending, draw)
-            with Finisher(journal, kept, pictures, threads) as finisher:
+
+            def tell(done: int, total: int) -> None:
+                if stages:
+                    stages(waited.seconds)
+                if progress:
+                    progress(done, total)
+
+            with blocks_kept(), Finisher(journal, kept, pictures, threads) as finisher:
                 find = partial(detect_batch, detector, tiling=tiling, inputs=batch_size)
-                _run(find, journal, reader, finisher, names, pending, progress or (lambda done, total: None))
+                _run(find, journal, reader, finisher, names, pending, tell, waited)
         if draw:
             drawn = draw_missing(journal, originals, Pictures(folder, names), names, threads)
         assert journal.header is not None
@@ -172,7 +199,23 @@ def detect(
             skipped=tuple(report.skipped),
             files=files,
             changed=bool(pending or drawn or written),
+            seconds=waited.seconds,
         )
+
+
+class Waited:
+    """How long the thread that has the network waited for each stage; while it is in the network, the others work."""
+
+    def __init__(self) -> None:
+        self.seconds: Mapping[str, float] = dict.fromkeys(("reading", "network", "writing"), 0.0)
+
+    def during(self, stage: str, call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        """Call a function, and count the time for a stage."""
+        began = time.perf_counter()
+        try:
+            return call(*arguments, **options)
+        finally:
+            self.seconds = {**self.seconds, stage: self.seconds[stage] + time.perf_counter() - began}
 
 
 def _check_arguments(
@@ -246,20 +289,21 @@ def _run(
     names: Sequence[str],
     pending: Sequence[str],
     tell: Progress,
+    waited: Waited,
 ) -> None:
     """Bring what is pending through the network, batch by batch."""
     ids = _number(journal, names)
     gone_through, done = bool(journal.entries), len(names) - len(pending)
     tell(done, len(names))
     with contextlib.closing(reader.batches(pending)) as batches:
-        for batch in batches:
-            rows = find(batch, ids, alone_may_fail=gone_through)
+        while batch := waited.during("reading", next, batches, None):
+            rows = waited.during("network", find, batch, ids, alone_may_fail=gone_through)
             gone_through = True
-            finished = finisher.start(batch, rows)
+            finished = waited.during("writing", finisher.start, batch, rows)
             if finished:
                 done = done + finished
                 tell(done, len(names))
-    tell(done + finisher.wait(), len(names))
+    tell(done + waited.during("writing", finisher.wait), len(names))
 
 
 def _number(journal: Journal, names: Sequence[str]) -> dict[str, int]:

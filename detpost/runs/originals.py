@@ -15,8 +15,8 @@ from detpost.runs.memory import Memory
 
 __all__ = ["Originals"]
 
-# The canvas, its colours in the other order, and Pillow's copy with a fourth byte a pixel.
-_DRAWING_COPIES = 4
+# The image itself, where it was read again, and Pillow's copy with a fourth byte a pixel.
+_DRAWING_COPIES = 3
 
 
 class Originals:

@@ -30,6 +30,7 @@ from detpost.runs.settings import check_settings, settings_of, with_spec
 from detpost.runs.sorting import merged
 from detpost.runs.sources import IMAGE_COLUMNS, NAME_COLUMNS, Columns, Listed, Listing, list_images, packed_files
 from detpost.runs.stages import Decode, Detect, Images, Write
+from detpost.runs.tiles import Tiling
 
 if TYPE_CHECKING:
     from detpost.detector import Detector
@@ -54,6 +55,7 @@ def detect(
     device: str | None = None,
     batch_size: int = 8,
     threshold: float = 0.5,
+    nms: float | None = None,
     formats: Sequence[str] = ("parquet",),
     annotations: str | Path | None = None,
     categories: str = "auto",
@@ -63,6 +65,7 @@ def detect(
     address: str | None = None,
     name_column: str | None = None,
     image_column: str | None = None,
+    tiling: Tiling | None = None,
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
     progress: Progress | None = None,
@@ -85,6 +88,7 @@ def detect(
         device: as :meth:`detpost.Detector.load` takes it; ``None`` takes a GPU for each actor where Ray has any.
         batch_size: images that go through a network at once.
         threshold: detections with ``score > threshold`` are kept.
+        nms: as :meth:`detpost.Detector.load` takes it.
         formats: as :func:`detpost.runs.detect.detect` takes them; ``"parquet"`` is always written.
         annotations: as :func:`detpost.runs.detect.detect` takes it.
         categories: as :func:`detpost.runs.detect.detect` takes it.
@@ -97,6 +101,7 @@ def detect(
             or ``uid``.
         image_column: of the dataset; ``None`` takes ``image``, ``bytes``, ``img``, ``image_bytes`` or ``data``, or
             webdataset's columns that are called after an ending.
+        tiling: as :func:`detpost.runs.detect.detect` takes it.
         trust_remote_code: as :meth:`detpost.Detector.load` takes it.
         allow_pickle: as :meth:`detpost.Detector.load` takes it.
         progress: called with how many images are done and how many there are, as far as is known.
@@ -116,19 +121,19 @@ def detect(
     parts = Parts(place_of(out))
     if not parts.out.is_local and formats != ("parquet",):
         raise ValueError(f"at {out} only Parquet is written: make other formats of it with `detpost merge`")
-    settings = _settings(model, backend, threshold, trust_remote_code)
+    settings = _settings(model, backend, threshold, nms, trust_remote_code, tiling)
     header = _earlier(parts, out, settings, fresh)
     source = _Source.of(ray, dataset)
     done = sorted_keys([]) if header is None else parts.keys()
     finished = before = 0
     if header is None or source.has_more(done):
-        load = _loader(model, backend, device, threshold, trust_remote_code, allow_pickle)
+        load = _loader(model, backend, device, threshold, nms, trust_remote_code, allow_pickle)
         with _joined(ray, address, actors), _one_line_errors():
             shares = _shares(ray, device, actors)
             prepare, known = ray.get(ray.remote(_describe).options(**shares.of_an_actor).remote(load))
             header = _begin(parts, header, known, settings, out)
-            dataset, images = source.dataset(ray, done, name_column, image_column, max_pixels)
-            counts = _through(dataset, images, prepare, load, parts, shares, batch_size, source.total)
+            dataset, images = source.dataset(ray, done, name_column, image_column, max_pixels, tiling)
+            counts = _through(dataset, images, prepare, load, parts, shares, batch_size, source.total, tiling)
             before = source.before(done)
             finished, names = _consume(counts, before, source.total, progress or (lambda done, total: None))
         parts.check(names)
@@ -171,12 +176,14 @@ class _Source:
         """Tell whether some may not be done."""
         return self._keys is None or self.before(done) < len(self._keys)
 
-    def dataset(self, ray: Any, done: Keys, name: str | None, image: str | None, max_pixels: int) -> tuple[Any, Images]:
+    def dataset(
+        self, ray: Any, done: Keys, name: str | None, image: str | None, max_pixels: int, tiling: Tiling | None
+    ) -> tuple[Any, Images]:
         """Give Ray's dataset of what is not done, and what gets at the images of a block."""
         if self.listing is not None:
-            return _names(ray, self.listing, done), Listed(self.listing.place, max_pixels)
+            return _names(ray, self.listing, done), Listed(self.listing.place, max_pixels, tiling)
         finished = ray.put(done)
-        return self._rows(ray, name, image), Columns(name, image, partial(_fetched, finished), max_pixels)
+        return self._rows(ray, name, image), Columns(name, image, partial(_fetched, finished), max_pixels, tiling)
 
     def _rows(self, ray: Any, name: str | None, image: str | None) -> Any:
         if self._packed is None:
@@ -219,6 +226,7 @@ def _through(
     shares: _Shares,
     batch_size: int,
     total: int | None,
+    tiling: Tiling | None,
 ) -> Any:
     """Lay out the stages; what comes out of the last one is how many rows each part has."""
     import ray
@@ -228,8 +236,9 @@ def _through(
         dataset.map_batches(Decode(images, prepare, batch_size), batch_format="numpy", num_cpus=shares.decoding)
         .map_batches(
             Detect,
-            fn_constructor_args=(load,),
-            batch_size=batch_size,
+            fn_constructor_args=(load, tiling, batch_size),
+            # With tiles as they come: a few images fill the network many times over.
+            batch_size=batch_size if tiling is None else None,
             batch_format="pyarrow",
             compute=ray.data.ActorPoolStrategy(size=shares.actors),
             **shares.of_an_actor,
@@ -312,11 +321,14 @@ def _check(batch_size: int, threshold: float, formats: Sequence[str], max_pixels
         raise ValueError(f"threshold must lie within [0, 1]; got {threshold}")
 
 
-def _settings(model: Any, backend: str, threshold: float, trust_remote_code: bool) -> dict[str, Any]:
+def _settings(
+    model: Any, backend: str, threshold: float, nms: float | None, trust_remote_code: bool, tiling: Tiling | None
+) -> dict[str, Any]:
     if not callable(model):
-        return settings_of(model, backend, threshold, trust_remote_code)
+        return settings_of(model, backend, threshold, trust_remote_code, tiling, nms=nms)
     name = f"{getattr(model, '__module__', '')}.{getattr(model, '__qualname__', type(model).__qualname__)}"
-    return {"model": name, "model_identity": name, "backend": backend, "threshold": threshold}
+    cut = {} if tiling is None else {"tiles": str(tiling)}
+    return {"model": name, "model_identity": name, "backend": backend, "threshold": threshold, **cut}
 
 
 def _earlier(parts: Parts, out: str | Path, settings: Mapping[str, Any], fresh: bool) -> dict[str, Any] | None:
@@ -358,13 +370,14 @@ def _load(
     backend: str,
     device: str | None,
     threshold: float,
+    nms: float | None,
     trust_remote_code: bool,
     allow_pickle: bool,
 ) -> Detector:
     from detpost.detector import Detector
 
     return Detector.load(
-        model, backend, device, threshold, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle
+        model, backend, device, threshold, nms=nms, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle
     )
 
 
@@ -450,8 +463,12 @@ def _shares(ray: Any, device: str | None, actors: int | None) -> _Shares:
     if on_gpu and not gpus:
         raise ValueError(f"device {device!r} needs a GPU, and Ray has none: take 'cpu', or join a cluster that has")
     count = actors or (gpus if on_gpu else max(1, int(cpus) // 2))
-    # One processor is left for decoding, however many detectors there are. Stages that ask for the same become one.
-    share = min(0.99, (cpus - 1) / count) if cpus > 1 else 0.5
+    nodes = [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
+    # One processor is left for decoding, however many detectors there are, and when the largest node is lost, too: Ray
+    # starts the lost detectors again on those that are left, and a run whose processors are all theirs stands still.
+    left = cpus - (max(nodes) if len(nodes) > 1 else 0.0) - 1
+    # Stages that ask for the same become one.
+    share = max(0.001, min(0.99, left / count)) if cpus > 1 else 0.5
     return _Shares(count, math.floor(share * 1000) / 1000, float(on_gpu), 1.0 if cpus > 1 else 0.4)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import stat
 from collections import deque
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from detpost.image_files import UprightImage, decoding_bytes, open_image
+from detpost.image_files import UprightImage, decoding_bytes, open_image, reduce_decoding
 from detpost.images import FileRows, Prepare, PreparedImage, Rows, TensorRows, opened
 from detpost.runs.memory import Memory
 from detpost.runs.originals import Originals
@@ -22,6 +23,9 @@ __all__ = ["Loaded", "Reader", "identity_of", "load_content", "load_pixels", "pr
 
 # A batch ends early once its images, as RGB, have this many bytes.
 BATCH_BYTES = 512 * 1024**2
+# A file that is decoded at a reduced scale keeps at least so many times the pixels of the network's input in each
+# direction, for the antialiased resize to have its share.
+DRAFT_MARGIN = 2
 
 
 class Loaded(NamedTuple):
@@ -75,6 +79,7 @@ class Reader:
         memory: room for what is decoded at once.
         originals: keeps images to draw on; ``None`` where nothing is drawn.
         tiling: how images are cut; ``None`` where they are not.
+        draft: decode JPEG files at a reduced scale where the network's input is far smaller.
     """
 
     def __init__(
@@ -87,10 +92,12 @@ class Reader:
         memory: Memory,
         originals: Originals | None,
         tiling: Tiling | None = None,
+        draft: bool = False,
     ) -> None:
         self._root, self._prepare = root, prepare
         self._batch_size, self._max_pixels, self._workers = batch_size, max_pixels, workers
         self._memory, self._originals, self._tiling = memory, originals, tiling
+        self._least = prepare.input_size if draft else None
         self._most_tiles = INPUTS_AT_ONCE * batch_size
 
     def batches(self, names: Sequence[str]) -> Generator[list[Loaded], None, None]:
@@ -151,20 +158,27 @@ class Reader:
         return Loaded(name, *identity, error=reason)
 
     def _decode(self, path: Path, loaded: Loaded) -> Loaded:
-        with open_image(path, self._max_pixels) as file, self._memory.working(self._bytes_of(file)):
-            try:
-                image: Rows = FileRows(UprightImage(file))
-                picture = self._originals.keep(image) if self._originals else None
-                if picture is not None and picture.shape[1:] == (image.height, image.width):
-                    image = TensorRows(picture)
-                result = prepared(image, loaded, self._prepare, self._tiling)
-                if result.ready is not None:
-                    return result._replace(picture=picture)
-                if self._originals:
-                    self._originals.let_go(picture)
-                return result
-            finally:
-                file.close()  # the pixels go before their room does
+        with open_image(path, self._max_pixels) as file:
+            room = self._bytes_of(file)
+            size = None
+            if self._least is not None:
+                size = reduce_decoding(file, *(DRAFT_MARGIN * extent for extent in self._least))
+            with self._memory.working(room):
+                return self._decoded(file, loaded, size)
+
+    def _decoded(self, file: Any, loaded: Loaded, size: tuple[int, int] | None) -> Loaded:
+        """Decode an opened file; the (height, width) is the whole image's, where it is decoded at a reduced scale."""
+        with contextlib.closing(file):  # the pixels go before their room does
+            image: Rows = FileRows(UprightImage(file))
+            picture = self._originals.keep(image) if self._originals else None
+            if picture is not None and picture.shape[1:] == (image.height, image.width):
+                image = TensorRows(picture)
+            result = prepared(image, loaded, self._prepare, self._tiling, size)
+            if result.ready is not None:
+                return result._replace(picture=picture)
+            if self._originals:
+                self._originals.let_go(picture)
+            return result
 
     def _bytes_of(self, file: Any) -> int:
         """Tell how much memory decoding takes, and a row of tiles as RGB, whichever way the image is turned."""
@@ -172,32 +186,50 @@ class Reader:
         return decoding_bytes(file) + row
 
 
-def load_content(name: str, content: bytes, prepare: Prepare, max_pixels: int) -> Loaded:
+def load_content(name: str, content: bytes, prepare: Prepare, max_pixels: int, tiling: Tiling | None = None) -> Loaded:
     """Decode a file that is in memory already; as :meth:`Reader.read`."""
     loaded = Loaded(name, len(content), -1)
     try:
         with open_image(name, max_pixels, content) as file:
-            return prepared(FileRows(UprightImage(file)), loaded, prepare)
+            return prepared(FileRows(UprightImage(file)), loaded, prepare, tiling)
     except OSError as error:
         return loaded._replace(error=str(error).removeprefix(f"cannot read image {name!r}: "))
 
 
-def load_pixels(name: str, pixels: Any, prepare: Prepare, max_pixels: int) -> Loaded:
+def load_pixels(name: str, pixels: Any, prepare: Prepare, max_pixels: int, tiling: Tiling | None = None) -> Loaded:
     """Take an image that is decoded already, as :func:`detpost.images.read_image` takes it."""
     loaded = Loaded(name, -1, -1)
     try:
         with opened(pixels) as image:
             if image.height * image.width > max_pixels:
                 return loaded._replace(error=f"{image.width} x {image.height} pixels are more than {max_pixels}")
-            return prepared(image, loaded, prepare)
+            return prepared(image, loaded, prepare, tiling)
     except (TypeError, ValueError) as error:
         return loaded._replace(error=" ".join(str(error).split()))
 
 
-def prepared(image: Rows, loaded: Loaded, prepare: Prepare, tiling: Tiling | None = None) -> Loaded:
-    """Do to a decoded image what the network's detector does, whole and in tiles; what it raises is in the answer."""
+def prepared(
+    image: Rows,
+    loaded: Loaded,
+    prepare: Prepare,
+    tiling: Tiling | None = None,
+    size: tuple[int, int] | None = None,
+) -> Loaded:
+    """Do to a decoded image what the network's detector does, whole and in tiles; what it raises is in the answer.
+
+    Args:
+        image: decoded.
+        loaded: what is known of it.
+        prepare: what the network's detector does to each image.
+        tiling: how it is cut; ``None`` where it is not.
+        size: its (height, width), where it was decoded at a reduced scale.
+
+    Returns:
+        The same, with what the network takes, or with what was raised.
+    """
     try:
         tiles = () if tiling is None else cut(image, tiling, prepare)
-        return loaded._replace(ready=prepare.one(image), tiles=tiles)
+        ready = prepare.one(image)
+        return loaded._replace(ready=ready if size is None else ready._replace(size=size), tiles=tiles)
     except (RuntimeError, ValueError, ZeroDivisionError) as error:
-        return loaded._replace(failure=(error, (image.height, image.width)))
+        return loaded._replace(failure=(error, size or (image.height, image.width)))

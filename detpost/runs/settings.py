@@ -27,6 +27,8 @@ def settings_of(
     threshold: float,
     trust_remote_code: bool = False,
     tiling: Tiling | None = None,
+    draft: bool = False,
+    nms: float | None = None,
 ) -> dict[str, Any]:
     """Give what decides the results, without loading the model.
 
@@ -36,10 +38,12 @@ def settings_of(
         threshold: likewise.
         trust_remote_code: likewise.
         tiling: how images are cut; ``None`` where they are not.
+        draft: whether JPEG files are decoded at a reduced scale.
+        nms: as :meth:`detpost.Detector.load` takes it.
 
     Returns:
-        ``model``, ``model_identity`` (of its files, or the hub's commit), ``backend``, ``threshold``, and ``tiles``
-        where images are cut.
+        ``model``, ``model_identity`` (of its files, or the hub's commit), ``backend``, ``threshold``, ``tiles`` where
+        images are cut, ``decoding`` where it is at a reduced scale, and ``nms`` where there is one.
 
     Raises:
         OSError: no such model.
@@ -59,6 +63,8 @@ def settings_of(
         "backend": format_of(model).ending[1:] if found.kind == "file" else backend,
         "threshold": threshold,
         **({} if tiling is None else {"tiles": str(tiling)}),
+        **({"decoding": "draft"} if draft else {}),
+        **({} if nms is None else {"nms": nms}),
     }
 
 
@@ -82,8 +88,16 @@ def check_settings(header: Mapping[str, Any] | None, settings: Mapping[str, Any]
     before = None if header is None else header["settings"]
     if before is None:
         return
-    # The spec shows once the model is loaded; tiles are there where images are cut.
-    for name in ("model_identity", "backend", "threshold", "tiles", *(["spec"] if "spec" in settings else [])):
+    # The spec shows once the model is loaded; tiles, decoding and nms are there where they were asked for.
+    for name in (
+        "model_identity",
+        "backend",
+        "threshold",
+        "tiles",
+        "decoding",
+        "nms",
+        *(["spec"] if "spec" in settings else []),
+    ):
         if before.get(name) != settings.get(name):
             shown = "model" if name == "model_identity" else name
             theirs, ours = before.get(shown, "none"), settings.get(shown, "none")

@@ -15,6 +15,7 @@ from detpost.runs.find_images import SUFFIXES, FoundImages, find_images
 from detpost.runs.memory import Memory
 from detpost.runs.parts import Keys, Place, is_among, key_array, key_of, place_of
 from detpost.runs.reading import Loaded, Reader, identity_of, load_content, load_pixels
+from detpost.runs.tiles import Tiling
 
 __all__ = ["Columns", "Listed", "Listing", "list_images", "packed_files"]
 
@@ -121,10 +122,11 @@ class Listed:
     Args:
         place: the folder that the names are relative to.
         max_pixels: images with more are not read.
+        tiling: how they are cut; ``None`` where they are not.
     """
 
-    def __init__(self, place: Place, max_pixels: int) -> None:
-        self._place, self._max_pixels = place, max_pixels
+    def __init__(self, place: Place, max_pixels: int, tiling: Tiling | None = None) -> None:
+        self._place, self._max_pixels, self._tiling = place, max_pixels, tiling
 
     def __call__(self, block: Block) -> Iterator[Image]:
         """Give the images of a block."""
@@ -134,7 +136,9 @@ class Listed:
 
     def _load(self, name: str, prepare: Prepare) -> Loaded:
         if self._place.is_local:
-            return Reader(Path(self._place.path), prepare, 1, self._max_pixels, 1, Memory(), None).read(name)
+            return Reader(Path(self._place.path), prepare, 1, self._max_pixels, 1, Memory(), None, self._tiling).read(
+                name
+            )
         place = self._place.below(name)
         try:
             with place.filesystem.open_input_stream(place.path) as file:
@@ -143,7 +147,7 @@ class Listed:
             return Loaded(name, -1, -1, error="the file is gone")
         except OSError as error:
             return Loaded(name, -1, -1, error=" ".join(str(error).split())[:200] or "cannot be read")
-        return load_content(name, content, prepare, self._max_pixels)
+        return load_content(name, content, prepare, self._max_pixels, self._tiling)
 
 
 class Columns:
@@ -154,10 +158,19 @@ class Columns:
         image: the column of images; ``None`` looks for one.
         done: the sorted keys of what is finished; or what gives them, on the worker.
         max_pixels: images with more are not read.
+        tiling: how they are cut; ``None`` where they are not.
     """
 
-    def __init__(self, name: str | None, image: str | None, done: Callable[[], Keys], max_pixels: int) -> None:
-        self._name, self._image, self._done, self._max_pixels = name, image, done, max_pixels
+    def __init__(
+        self,
+        name: str | None,
+        image: str | None,
+        done: Callable[[], Keys],
+        max_pixels: int,
+        tiling: Tiling | None = None,
+    ) -> None:
+        self._name, self._image, self._done = name, image, done
+        self._max_pixels, self._tiling = max_pixels, tiling
 
     def __call__(self, block: Block) -> Iterator[Image]:
         """Give the images of a block that are not finished.
@@ -198,8 +211,8 @@ class Columns:
         if content is None:
             return Loaded(name, -1, -1, error="there is no image in its row")
         if isinstance(content, (bytes, bytearray, memoryview, np.bytes_)):
-            return load_content(name, bytes(content), prepare, self._max_pixels)
-        return load_pixels(name, np.asarray(content), prepare, self._max_pixels)
+            return load_content(name, bytes(content), prepare, self._max_pixels, self._tiling)
+        return load_pixels(name, np.asarray(content), prepare, self._max_pixels, self._tiling)
 
 
 def _text(value: Any) -> str:

@@ -97,6 +97,7 @@ def detect_video(
     device: str | None = None,
     batch_size: int = 8,
     threshold: float = 0.5,
+    nms: float | None = None,
     formats: Sequence[str] = ("jsonl",),
     draw: bool = False,
     stride: int = 1,
@@ -122,6 +123,7 @@ def detect_video(
         device: as :meth:`detpost.Detector.load` takes it.
         batch_size: most frames, or tiles of them, that go through the network at once.
         threshold: detections with ``score > threshold`` are kept.
+        nms: as :meth:`detpost.Detector.load` takes it.
         formats: ``"jsonl"`` and ``"csv"``.
         draw: whether to write the annotated video, with the frames that were detected in and their times.
         stride: each how manieth frame is detected in, from the first one at ``start`` on.
@@ -152,14 +154,17 @@ def detect_video(
         from detpost.detector import Detector
 
         detector = Detector.load(
-            model, backend, device, threshold, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle
+            model,
+            backend,
+            device,
+            threshold,
+            nms=nms,
+            trust_remote_code=trust_remote_code,
+            allow_pickle=allow_pickle,
         )
         folder.mkdir(parents=True, exist_ok=True)
         writers = [stack.enter_context(_WRITERS[name](path)) for name, path in paths.items()]
         if draw:
-            from detpost.detections import import_supervision
-
-            import_supervision("drawing")
             writers = [*writers, stack.enter_context(_annotated(folder / ANNOTATED, video))]
         frames = _batches(video.frames(detector, draw, tiling), batch_size)
         count, detections = _run(detector, video, frames, writers, tiling, batch_size, progress)

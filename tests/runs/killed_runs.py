@@ -25,7 +25,6 @@ import detpost.runs.detect as subject  # noqa: E402
 import detpost.runs.drawing  # noqa: E402, F401
 import detpost.runs.pictures as pictures  # noqa: E402
 import detpost.runs.results as results  # noqa: E402
-from detpost.detections import import_supervision  # noqa: E402
 from detpost.detector import Detector  # noqa: E402
 from detpost.runs.journal import Journal  # noqa: E402
 from detpost.runs.tiles import Tiling  # noqa: E402
@@ -87,7 +86,6 @@ def forked(run):
 
 
 def main(images, out, *points):
-    import_supervision("drawing")  # imported here, not once more in every child
     detector = Detector.load("tiny", device="cpu", threshold=OPTIONS["threshold"])
     Detector.load = lambda *_, **__: detector
     predict = detector.predict_ready

@@ -81,3 +81,36 @@ def die_once(marker: Path):
     except FileExistsError:
         return
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+class GivenOutputs:
+    """Raw outputs that hang on an image's own pixels, with many ties."""
+
+    def __init__(self):
+        random = np.random.default_rng(5)
+        self.logits = torch.from_numpy(random.integers(-4, 4, (256, 10, 3)).astype(np.float32) / 2)
+        self.boxes = torch.from_numpy(random.random((256, 10, 4), dtype=np.float32))
+        self.post = DetectionPostProcessor(DecodeSpec(top_k=12))
+        self.batches = []
+
+    def __call__(self, images, image_sizes, pixel_mask):
+        self.batches.append(len(images))
+        which = images[:, 0, 0, 0].long()
+        return self.post(self.logits[which], self.boxes[which], image_sizes)
+
+
+def given_detector():
+    """Make a detector of them."""
+    outputs = GivenOutputs()
+    prepare = FixedSize(Preprocessing(8, 8, scale=1.0))
+    names = {0: "cat", 1: "dog", 2: "bird"}
+    return Detector(outputs, prepare, names, torch.device("cpu"), 0.5, spec=outputs.post.spec)
+
+
+def make_noise(folder, sizes=((90, 120), (40, 30), (64, 64), (65, 64), (200, 70), (50, 210), (31, 131))):
+    """Make images of noise, each (height, width)."""
+    random = np.random.default_rng(3)
+    for number, (height, width) in enumerate(sizes):
+        pixels = random.integers(0, 256, (height, width, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    return folder

@@ -44,8 +44,8 @@ def quick(detector, monkeypatch):
         seen.append(len(images))
         return predict(images, encode_masks)
 
-    def load(model, backend="eager", device=None, threshold=0.5, trust_remote_code=False, allow_pickle=False):
-        detector.threshold = threshold
+    def load(model, backend="eager", device=None, threshold=0.5, nms=None, **trusted):
+        detector.threshold, detector.nms = threshold, nms
         return detector
 
     monkeypatch.setattr(detector, "predict_ready", counting)
@@ -367,6 +367,7 @@ class TestResume:
         ("options", "reason"),
         [
             ({"threshold": 0.25}, r"\(threshold 0.5, not 0.25\)"),
+            ({"nms": 0.7}, r"\(nms none, not 0.7\)"),
             ({"backend": "compile"}, r"\(backend eager, not compile\)"),
             ({"model": "other"}, r"\(model tiny, not .*other\)"),
         ],
@@ -455,12 +456,18 @@ class TestResume:
     def test_the_command_goes_on_where_it_was_stopped(self, tmp_path, number):
         images = make_images(tmp_path / "in", 50)
         command = [sys.executable, "-m", "detpost", "detect", images, "--batch", "1", "--device", "cpu", "--out"]
-        running = subprocess.Popen([*command, tmp_path / "out"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        running = subprocess.Popen(
+            [*command, tmp_path / "out"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            # A shell's background jobs, and so their tests, ignore an interrupt.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
         journal = tmp_path / "out" / "detpost-journal.jsonl"
         while running.poll() is None and not (journal.exists() and journal.read_bytes().count(b"\n") > 8):
             time.sleep(0.002)
         running.send_signal(number)
-        _, errors = running.communicate(timeout=60)
+        _, errors = running.communicate(timeout=300)
         assert running.returncode == (-number if number == signal.SIGKILL else 130), errors
         done = journal.read_bytes().count(b"\n") - 1
         assert 8 <= done < 51
@@ -471,7 +478,7 @@ class TestResume:
             return
         with journal.open("ab") as file:
             file.write(b'{"file_name":"c/half')
-        again = subprocess.run([*command, tmp_path / "out"], capture_output=True, text=True, check=True, timeout=120)
+        again = subprocess.run([*command, tmp_path / "out"], capture_output=True, text=True, check=True, timeout=300)
         assert f"{done} before" in again.stdout
         detect([images], tmp_path / "whole", batch_size=1, device="cpu")
         ours, whole = (journal_rows(tmp_path / name) for name in ("out", "whole"))
@@ -501,6 +508,7 @@ def test_a_file_with_a_fixed_batch_takes_any_batch(tmp_path, detector):
         ({"batch_size": 0}, "batch_size must be at least 1; got 0"),
         ({"workers": 0}, "workers must be at least 1; got 0"),
         ({"threshold": 2.0}, r"threshold must lie within \[0, 1\]; got 2.0"),
+        ({"nms": 2.0}, r"nms must be an IoU within \[0, 1\]; got 2.0"),
         ({"backend": "quantum"}, "unknown backend 'quantum'"),
     ],
 )
@@ -509,6 +517,24 @@ def test_an_argument_out_of_range_is_one_line(tmp_path, options, pattern):
         detect([SAMPLES], tmp_path / "out", **options)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out" / "detpost-journal.jsonl").exists()
+
+
+def test_the_option_nms_drops_doubled_boxes_and_its_results_say_so(tmp_path):
+    images = ["detect", str(SAMPLES), "--format", "jsonl", "-o"]
+    CliRunner().invoke(app, [*images, str(tmp_path / "every")], catch_exceptions=False)
+    CliRunner().invoke(app, [*images, str(tmp_path / "kept"), "--nms", "0.7"], catch_exceptions=False)
+    every, kept = (
+        {
+            row["file_name"]: [found["score"] for found in row["detections"]]
+            for row in map(json.loads, (tmp_path / name / "detections.jsonl").read_text().splitlines())
+        }
+        for name in ("every", "kept")
+    )
+    doubled = every.pop("petals.png")
+    assert kept.pop("petals.png") == doubled[:-1]
+    assert kept == every
+    header = json.loads((tmp_path / "kept" / "detpost-journal.jsonl").read_text().splitlines()[0])
+    assert header["settings"]["nms"] == 0.7
 
 
 def test_a_missing_model_file_is_one_line(tmp_path):

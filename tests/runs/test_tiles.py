@@ -27,6 +27,7 @@ from detpost.runs.memory import Memory
 from detpost.runs.reading import Reader
 from detpost.runs.tiles import INPUTS_AT_ONCE, Tiling, cut, detect_tiles
 from detpost.zoo import SAMPLES
+from tests.runs.raw_outputs import given_detector, make_noise
 from tests.runs.test_detect import files_of, journal_rows, make_images
 
 ROOT = Path(__file__).parents[2]
@@ -59,38 +60,11 @@ def scene(tmp_path_factory):
     return path, np.array(boxes), np.array(labels)
 
 
-class GivenOutputs:
-    """Raw outputs that hang on an image's own pixels, with many ties."""
-
-    def __init__(self):
-        random = np.random.default_rng(5)
-        self.logits = torch.from_numpy(random.integers(-4, 4, (256, 10, 3)).astype(np.float32) / 2)
-        self.boxes = torch.from_numpy(random.random((256, 10, 4), dtype=np.float32))
-        self.post = DetectionPostProcessor(DecodeSpec(top_k=12))
-        self.batches = []
-
-    def __call__(self, images, image_sizes, pixel_mask):
-        self.batches.append(len(images))
-        which = images[:, 0, 0, 0].long()
-        return self.post(self.logits[which], self.boxes[which], image_sizes)
-
-
 @pytest.fixture
 def given(monkeypatch):
-    outputs = GivenOutputs()
-    prepare = FixedSize(Preprocessing(8, 8, scale=1.0))
-    names = {0: "cat", 1: "dog", 2: "bird"}
-    detector = Detector(outputs, prepare, names, torch.device("cpu"), 0.5, spec=outputs.post.spec)
+    detector = given_detector()
     monkeypatch.setattr(Detector, "load", lambda *_, **__: detector)
     return detector
-
-
-def make_noise(folder, sizes=((90, 120), (40, 30), (64, 64), (65, 64), (200, 70), (50, 210), (31, 131))):
-    random = np.random.default_rng(3)
-    for number, (height, width) in enumerate(sizes):
-        pixels = random.integers(0, 256, (height, width, 3), np.uint8)
-        Image.fromarray(pixels).save(folder / f"{number}.png")
-    return folder
 
 
 class TestCut:
@@ -312,7 +286,6 @@ class TestCommand:
             (["--overlap", "0.3"], "--overlap goes with --tiles: say how large a tile is, as --tiles 640"),
             (["--merge", "nms"], "--merge goes with --tiles"),
             (["--tiles", "64", "--merge", "soft"], "merge must be one of nms, nmm, wbf; got 'soft'"),
-            (["--tiles", "64", "--engine", "ray"], "--engine ray takes no --tiles: leave it out"),
         ],
     )
     def test_what_does_not_go_together_is_one_line(self, tmp_path, options, reason):

@@ -33,8 +33,8 @@ def tiny():
 def quick(tiny, monkeypatch):
     """Load the model once for all tests."""
 
-    def load(model, backend="eager", device=None, threshold=0.5, trust_remote_code=False, allow_pickle=False):
-        tiny.threshold = threshold
+    def load(model, backend="eager", device=None, threshold=0.5, nms=None, **trusted):
+        tiny.threshold, tiny.nms = threshold, nms
         return tiny
 
     monkeypatch.setattr(Detector, "load", load)
@@ -147,6 +147,13 @@ class TestFrames:
     def test_frames_can_be_cut_into_tiles(self, tmp_path, clip):
         detect_video(clip[0], tmp_path, end=0.15, tiling=Tiling(96), threshold=0.3)
         assert max(each["box"][2] for line in lines_of(tmp_path) for each in line["detections"]) > 96
+
+    def test_nms_drops_doubled_boxes_in_frames_as_in_images(self, tmp_path, clip):
+        every, kept = (
+            detect_video(clip[0], tmp_path / f"{nms}", end=0.3, threshold=0.1, nms=nms).detections
+            for nms in (None, 0.5)
+        )
+        assert 0 < kept < every
 
 
 class TestAnnotated:
