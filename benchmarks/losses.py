@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from benchmarks.inputs import ROTATED, Case, Size, backward, blobs, is_installed, no_grad, with_kernel
 
-__all__ = ["distances", "erosions", "trade_off", "transforms", "transforms_of_noise"]
+__all__ = ["distances", "erosions", "hausdorff_95", "surface_dices", "trade_off", "transforms", "transforms_of_noise"]
 
 
 def _class_inputs(shape: Size, device: str) -> tuple[list[Tensor], list[Tensor]]:
@@ -74,6 +78,37 @@ def transforms_of_noise(shape: Size, device: str) -> dict[str, Case]:
 
         arrays = [mask[0, 0].cpu().numpy() for mask in masks]
         contenders |= {"scipy": lambda i: ndimage.distance_transform_edt(arrays[i])}
+    return contenders
+
+
+def hausdorff_95(shape: Size, device: str) -> dict[str, Case]:
+    """Give the 95th percentile of the distances between two masks' surfaces beside MONAI's."""
+    from detpost.metrics import hausdorff_distance
+
+    own = functools.partial(hausdorff_distance, percentile=95)
+    return _of_two_masks(own, "compute_hausdorff_distance", {"percentile": 95}, shape, device)
+
+
+def surface_dices(shape: Size, device: str) -> dict[str, Case]:
+    """Give the surface Dice of two masks beside MONAI's."""
+    from detpost.metrics import surface_dice
+
+    own = functools.partial(surface_dice, tolerance=2.0)
+    return _of_two_masks(own, "compute_surface_dice", {"class_thresholds": [2.0]}, shape, device)
+
+
+def _of_two_masks(
+    metric: Callable[..., Tensor], name: str, options: dict[str, Any], shape: Size, device: str
+) -> dict[str, Case]:
+    """Give a metric of two masks beside MONAI's of a name."""
+    a, b = ([blobs(shape, start + seed, device) > 0.5 for seed in range(ROTATED)] for start in (0, 100))
+    own = no_grad(lambda i: metric(a[i], b[i]))
+    contenders = {"detpost": own, "detpost (aten)": with_kernel("aten", own)}
+    if is_installed("monai", "scipy"):
+        import monai.metrics
+
+        theirs = functools.partial(getattr(monai.metrics, name), include_background=True, **options)
+        contenders |= {"MONAI": no_grad(lambda i: theirs(a[i], b[i]))}
     return contenders
 
 

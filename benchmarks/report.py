@@ -47,6 +47,7 @@ _COLOURS = {
     "read of the logits": "#777777",
     "read of the logits (CUDA graph)": "#aaaaaa",
 }
+_OPACITY = {", after a network": 0.35, ", cold": 0.0}  # of a mark, by how the contender's name ends
 _MARKERS = {"detpost": "D", "read of the logits": "|", "read of the logits (CUDA graph)": "|"}
 
 
@@ -121,8 +122,13 @@ def write_plot(rows: Sequence[Row], path: Path) -> None:
         Line2D([], [], linestyle="", marker=_MARKERS.get(name, "o"), color=_colour(name), markersize=9, label=name)
         for name in names
     ]
-    hollow = Line2D([], [], linestyle="", marker="o", color="black", markerfacecolor="none", markersize=9, label="cold")
-    handles += [hollow] if any(row.name.endswith(", cold") for row in rows) else []
+    for suffix, opacity in _OPACITY.items():
+        if any(row.name.endswith(suffix) for row in rows):
+            face = ("black", opacity) if opacity else "none"
+            label = suffix.removeprefix(", ")
+            handles += [
+                Line2D([], [], linestyle="", marker="o", color="black", markerfacecolor=face, markersize=9, label=label)
+            ]
     figure.legend(handles=handles, loc="outside lower center", ncols=min(7, len(handles)), frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=90)
@@ -138,7 +144,8 @@ def _draw_panel(axes: Any, task: str, rows: list[Row]) -> None:
         axes.plot([min(found), max(found)], [place, place], color="#dddddd", linewidth=2, zorder=1)
         for row in of_size:
             name = _plain_name(row.name)
-            face = "none" if row.name.endswith(", cold") else _colour(name)
+            opacity = _opacity(row.name)
+            face = (_colour(name), opacity) if opacity else "none"
             axes.scatter(
                 row.microseconds,
                 place,
@@ -164,7 +171,13 @@ def _draw_panel(axes: Any, task: str, rows: list[Row]) -> None:
 
 
 def _plain_name(name: str) -> str:
-    return name.removesuffix(", cold")
+    for suffix in _OPACITY:
+        name = name.removesuffix(suffix)
+    return name
+
+
+def _opacity(name: str) -> float:
+    return next((opacity for suffix, opacity in _OPACITY.items() if name.endswith(suffix)), 1.0)
 
 
 def _colour(name: str) -> str:

@@ -33,6 +33,7 @@ MASK_SIZES: tuple[Size, ...] = ((300, 96, 1080, 1920),)
 EROSION_SIZES: tuple[Size, ...] = ((4, 3, 128, 128), (4, 2, 256, 256), (1, 2, 64, 64, 64))
 DISTANCE_SIZES: tuple[Size, ...] = ((1, 2, 128, 128), (1, 2, 256, 256), (1, 2, 512, 512), (1, 2, 64, 64, 64))
 GPU_DISTANCE_SIZES: tuple[Size, ...] = ((4, 3, 256, 256), (1, 2, 64, 64, 64))
+SURFACE_SIZES: tuple[Size, ...] = ((1, 1, 512, 512), (1, 1, 128, 128, 128), (1, 1, 256, 256, 256))
 TRANSFORM_SIZES: tuple[Size, ...] = ((512, 512), (128, 128, 128))
 CLASS_SWEEP = (10, 40, 160, 640, 2560)
 SIDE_SWEEP = (64, 128, 256, 512, 1024)
@@ -112,6 +113,7 @@ def _on_the_cpu() -> tuple[_Kind, ...]:
     drop_ins = {
         "transformers, sigmoid": LIST_SIZES,
         "transformers, softmax": SOFTMAX_SIZES,
+        "transformers, softmax, low threshold": SOFTMAX_SIZES,
         "kornia": LIST_SIZES,
         "RT-DETR": LIST_SIZES,
         "RF-DETR": LIST_SIZES[:2],
@@ -128,6 +130,8 @@ def _on_the_cpu() -> tuple[_Kind, ...]:
         _Kind("nms", SUPPRESSION_SIZES, heads.suppression),
         _Kind("masks", MASK_SIZES, heads.masks, is_slow=True),
         _Kind("run lengths", MASK_SIZES, heads.run_lengths, is_slow=True),
+        _Kind("Hausdorff distance, 95th percentile", SURFACE_SIZES, losses.hausdorff_95),
+        _Kind("surface Dice", SURFACE_SIZES, losses.surface_dices),
         _Kind("decode in place, out of place, compiled", ((8, 300, 80),), decode.trade_off, True, is_slow=True),
         _Kind(
             "erosion loss in place, out of place, compiled", ((4, 3, 128, 128),), losses.trade_off, True, is_slow=True

@@ -17,7 +17,7 @@ def test_a_race_gives_medians_and_ratios_to_detpost():
     contenders = {"detpost": lambda turn: time.sleep(0.005), "slow": lambda turn: time.sleep(0.03)}
     rows = {row.name: row for row in _race("task", (1,), contenders, seconds=0.2)}
     assert rows["detpost"].ratio == 1
-    assert 1.5 < rows["slow"].ratio < 7  # of six, on a machine that may be busy
+    assert 1.5 < rows["slow"].ratio < 20  # of six, on a machine that may be busy
     assert rows["detpost"].microseconds > 4900
 
 
@@ -75,7 +75,10 @@ def test_every_installed_peer_takes_part(tmp_path):
         "raw outputs to lists, softmax": {"detpost", "detpost (per_image)", "detpost (aten)", "transformers"},
         "drop-in: kornia": {"detpost", "kornia", "detpost, cold", "kornia, cold"},
         "drop-in: RT-DETR": {"detpost", "RT-DETR (in place)", "detpost, cold"},
-        "decode of one image, warm and cold": {"detpost", "detpost, cold", "kornia, cold", "read of the logits"},
+        "decode of one image, warm and cold": {
+            *("detpost", "detpost, after a network", "detpost, cold", "kornia, cold"),
+            *("read of the logits", "read of the logits, cold"),
+        },
         "decode with gradient, forward + backward": {"detpost", "detpost (aten)", "kornia"},
         "nms": {"detpost", "detpost (aten)", "torchvision"},
         "distance_transform_edt": {"detpost", "detpost (aten)", "scipy"},
