@@ -7,8 +7,9 @@ KERNELS := $(wildcard detpost/kernels/cpu/*.cpp detpost/kernels/cpu/*.h)
 
 OLDEST := .venv-oldest
 RAY := .venv-ray
+NNCF := .venv-nncf
 
-.PHONY: install demo test test-slow test-processors test-oldest test-oldest-fast test-ray test-edge \
+.PHONY: install demo test test-slow test-processors test-oldest test-oldest-fast test-ray test-nncf test-edge \
 	web web-test lint docs bench clean
 
 install: $(STAMP)
@@ -84,6 +85,17 @@ $(RAY)/.installed: $(STAMP)
 	$(RAY)/bin/python -m pip install --quiet --no-compile -c constraints.txt 'ray[data]>=2.50' 'aiohttp>=3.10' 'duckdb>=1.3'
 	touch $@
 
+# NNCF likewise.
+$(NNCF)/.installed: $(STAMP)
+	$(PYTHON) -m venv --clear $(NNCF)
+	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+	  > "$$($(NNCF)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/venv.pth"
+	$(NNCF)/bin/python -m pip install --quiet --no-compile -c constraints.txt 'nncf>=2.18'
+	touch $@
+
+test-nncf: $(NNCF)/.installed
+	$(NNCF)/bin/python -m pytest tests/runs/test_quantize_openvino.py
+
 test-ray: $(RAY)/.installed
 	OMP_NUM_THREADS=1 $(RAY)/bin/python -m pytest tests/runs/test_ray.py tests/runs/test_parquet.py
 
@@ -118,6 +130,6 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(RAY) .venv-edge build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo_out bench_out site \
+	rm -rf $(VENV) $(OLDEST) $(RAY) $(NNCF) .venv-edge build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo_out bench_out site \
 	  web_out web/dist web/node_modules
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from detpost.spec import DecodeSpec as DecodeSpec
     from detpost.spec import presets as presets
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _MODULES = ("boxes", "export", "fusion", "heads", "losses", "metrics", "nms", "purity")
 _HOMES = {

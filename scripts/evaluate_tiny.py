@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import digit_scenes
 
 from detpost import DetectionPostProcessor
+from detpost.nms import NonMaximumSuppression
 
 ROOT = Path(__file__).resolve().parent.parent
 SCENE_SEED = 990_001  # training scenes come from [seed, number], which no single integer repeats
@@ -34,20 +35,23 @@ app = typer.Typer(add_completion=False)
 
 
 @torch.no_grad()
-def detect(model_directory: Path, images: list[np.ndarray], batch: int, device: str) -> list[dict[str, Any]]:
-    """Run the detector over RGB images: COCO results, the images numbered from 1."""
-    from transformers import RTDetrImageProcessor, RTDetrV2ForObjectDetection
+def detect(
+    model_directory: Path, images: list[np.ndarray], batch: int, device: str, nms: float | None = None
+) -> list[dict[str, Any]]:
+    """Run the detector over RGB images, with NMS where asked: COCO results, the images numbered from 1."""
+    from transformers import AutoModelForObjectDetection, RTDetrImageProcessor
 
-    model = RTDetrV2ForObjectDetection.from_pretrained(model_directory, dtype=torch.float32).to(device).eval()
+    model = AutoModelForObjectDetection.from_pretrained(model_directory, dtype=torch.float32).to(device).eval()
     processor = RTDetrImageProcessor.from_pretrained(model_directory)
     post = DetectionPostProcessor.from_preset("rtdetr", top_k=100)
+    suppress = torch.nn.Identity() if nms is None else NonMaximumSuppression(nms)
     results: list[dict[str, Any]] = []
     for start in track(range(0, len(images), batch), description="evaluating"):
         chunk = images[start : start + batch]
         inputs = processor(images=[Image.fromarray(image) for image in chunk], return_tensors="pt").to(device)
         outputs = model(**inputs)
         sizes = torch.tensor([image.shape[:2] for image in chunk], device=device)  # (B, 2) as (height, width)
-        detections = post(outputs.logits, outputs.pred_boxes, sizes)
+        detections = suppress(post(outputs.logits, outputs.pred_boxes, sizes))
         results += detections.to_coco(list(range(start + 1, start + 1 + len(chunk))))
     return results
 
@@ -96,11 +100,12 @@ def score(truth: dict[str, Any], results: list[dict[str, Any]], threshold: float
 
 @app.command()
 def main(
-    model: Annotated[Path, typer.Option(help="A transformers RT-DETRv2 directory.")] = ROOT / "detpost/zoo/tiny",
+    model: Annotated[Path, typer.Option(help="A directory of train_tiny.py.")] = ROOT / "detpost/zoo/tiny",
     images: Annotated[int, typer.Option(min=1, help="Scenes to compose.")] = 500,
     batch: Annotated[int, typer.Option(min=1)] = 20,
     seed: Annotated[int, typer.Option(help="Seed of the scenes.")] = SCENE_SEED,
     square: Annotated[bool, typer.Option("--square", help="All scenes 128x128, not of mixed sizes.")] = False,
+    nms: Annotated[float | None, typer.Option(help="Greedy NMS by class above this IoU.")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cuda" if torch.cuda.is_available() else "cpu",
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the measures here.")] = None,
 ) -> None:
@@ -111,7 +116,7 @@ def main(
         size = (128, 128) if square else digit_scenes.random_size(rng)
         scenes.append(digit_scenes.compose(rng, digits, size, digit_scenes.EVALUATION))
     started = time.perf_counter()
-    results = detect(model, [scene.image for scene in scenes], batch, device)
+    results = detect(model, [scene.image for scene in scenes], batch, device, nms)
     seconds = time.perf_counter() - started
     measures = score(digit_scenes.coco_ground_truth(scenes), results)
     table = Table(title=f"{images} scenes, {sum(len(s.labels) for s in scenes)} digits, {seconds:.1f} s")

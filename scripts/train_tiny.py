@@ -2,6 +2,7 @@
 
     python scripts/train_tiny.py --out first
     python scripts/train_tiny.py --out second --start first --seed 1 --steps 3600 --class-weight 2
+    python scripts/train_tiny.py --family dfine --out dfine  # a small detector of another family, not shipped
 
 The architecture and the loss are transformers' own. Each scene depends on the seed and its number alone, so the data
 are the same whatever the batch size; the weights are the same on one machine and build of
@@ -36,6 +37,15 @@ WEIGHTS = ("model.safetensors", "config.json", "preprocessor_config.json")
 # The linear layers without a start of their own: sampling offsets and prediction heads have theirs, and keep it.
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "value_proj", "output_proj")
 PERCEPTRONS = ("fc1", "fc2", "enc_output.0", "pos_head.layers.0", "pos_head.layers.1")
+# Of D-FINE, the hidden layers of prediction heads too: there they refine distributions, step upon step.
+DFINE = (
+    "mlp.layers.0",
+    "mlp.layers.1",
+    "bbox_head.layers.0",
+    "bbox_head.layers.1",
+    "embed.0.layers.0",
+    "embed.0.layers.1",
+)
 app = typer.Typer(add_completion=False)
 
 
@@ -66,50 +76,101 @@ def collate(samples: list[tuple[Tensor, dict[str, Tensor]]]) -> tuple[Tensor, li
     return torch.stack([pixels for pixels, _ in samples]), [target for _, target in samples]
 
 
-def build_model(class_weight: float = 1.0) -> nn.Module:
-    """Give the tiny RT-DETRv2 with fresh weights."""
+def build_model(family: str = "rtdetr", class_weight: float = 1.0) -> nn.Module:
+    """Give a tiny detector with fresh weights.
+
+    Args:
+        family: A name of `FAMILIES`.
+        class_weight: Of the classification loss.
+    """
+    if family not in FAMILIES:
+        raise ValueError(f"unknown family {family!r}: take one of {', '.join(FAMILIES)}")
+    model, more = FAMILIES[family](class_weight)
+    fresh_start(model, (*ATTENTION, *PERCEPTRONS, *more))
+    return model
+
+
+# What the tiny detectors have in common: a transformer of width 96 over two maps, 30 queries, ten classes.
+COMMON = {
+    "freeze_backbone_batch_norms": False,
+    "encoder_in_channels": [64, 128],
+    "feat_strides": [8, 16],
+    "encode_proj_layers": [1],
+    "encoder_hidden_dim": 96,
+    "encoder_ffn_dim": 256,
+    "encoder_attention_heads": 3,
+    "hidden_expansion": 0.5,
+    "d_model": 96,
+    "decoder_in_channels": [96, 96],
+    "num_feature_levels": 2,
+    "decoder_n_points": 4,
+    "decoder_layers": 2,
+    "decoder_attention_heads": 3,
+    "decoder_ffn_dim": 256,
+    "num_queries": 30,
+    "num_denoising": 16,
+    "label_noise_ratio": 0.4,
+    "id2label": {digit: str(digit) for digit in range(10)},
+    "label2id": {str(digit): digit for digit in range(10)},
+}
+
+
+def tiny_rtdetr(class_weight: float) -> tuple[nn.Module, tuple[str, ...]]:
+    """RT-DETRv2 on a ResNet: the one that is shipped."""
     from transformers import RTDetrResNetConfig, RTDetrV2Config, RTDetrV2ForObjectDetection
 
     backbone = RTDetrResNetConfig(
         embedding_size=32, hidden_sizes=[32, 64, 128], depths=[1, 2, 2], layer_type="basic", out_indices=[2, 3]
     )
     config = RTDetrV2Config(
-        backbone_config=backbone,
-        freeze_backbone_batch_norms=False,
-        encoder_in_channels=[64, 128],
-        feat_strides=[8, 16],
-        encode_proj_layers=[1],
-        encoder_hidden_dim=96,
-        encoder_ffn_dim=256,
-        encoder_attention_heads=3,
-        activation_function="relu",
-        hidden_expansion=0.5,
-        d_model=96,
-        decoder_in_channels=[96, 96],
-        num_feature_levels=2,
-        decoder_n_levels=2,
-        decoder_n_points=4,
-        decoder_layers=2,
-        decoder_attention_heads=3,
-        decoder_ffn_dim=256,
-        num_queries=30,
-        num_denoising=16,
-        weight_loss_vfl=class_weight,
-        label_noise_ratio=0.4,
-        id2label={digit: str(digit) for digit in range(10)},
-        label2id={str(digit): digit for digit in range(10)},
+        **COMMON, backbone_config=backbone, activation_function="relu", decoder_n_levels=2, weight_loss_vfl=class_weight
     )
-    model = RTDetrV2ForObjectDetection(config)
-    fresh_start(model)
-    return model
+    return RTDetrV2ForObjectDetection(config), ()
+
+
+def tiny_dfine(class_weight: float) -> tuple[nn.Module, tuple[str, ...]]:
+    """D-FINE on an HGNetV2: boxes as distributions of their sides, 0.8 million parameters."""
+    from transformers import DFineConfig, DFineForObjectDetection, HGNetV2Config
+
+    backbone = HGNetV2Config(
+        embedding_size=16,
+        stem_channels=[3, 16, 24],
+        depths=[1, 1, 1],
+        hidden_sizes=[48, 64, 128],
+        stage_in_channels=[24, 48, 64],
+        stage_mid_channels=[16, 24, 32],
+        stage_out_channels=[48, 64, 128],
+        stage_num_blocks=[1, 1, 1],
+        stage_numb_of_layers=[3, 3, 3],
+        stage_downsample=[False, True, True],
+        stage_light_block=[False, False, False],
+        stage_kernel_size=[3, 3, 3],
+        out_indices=[2, 3],
+    )
+    config = DFineConfig(
+        **COMMON,
+        backbone_config=backbone,
+        depth_mult=0.34,
+        lqe_hidden_dim=32,
+        max_num_bins=16,
+        weight_loss_vfl=class_weight,
+    )
+    return DFineForObjectDetection(config), DFINE
+
+
+FAMILIES = {"rtdetr": tiny_rtdetr, "dfine": tiny_dfine}
 
 
 @torch.no_grad()
-def fresh_start(model: nn.Module) -> None:
+def fresh_start(model: nn.Module, linear: tuple[str, ...]) -> None:
     """Start the weights where training from nothing goes well.
 
     transformers starts batch norms and linear layers near zero (standard deviation 0.01), which suits loading a
     checkpoint over them but leaves a network that learns from nothing silent for its first thousand steps.
+
+    Args:
+        model: Any of the families.
+        linear: Endings of the names of linear layers that start anew.
     """
     for name, module in model.named_modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -117,7 +178,7 @@ def fresh_start(model: nn.Module) -> None:
             nn.init.zeros_(module.bias)
         elif isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_in", nonlinearity="relu")
-        elif isinstance(module, nn.Linear) and name.endswith(ATTENTION + PERCEPTRONS):
+        elif isinstance(module, nn.Linear) and name.endswith(linear):
             nn.init.xavier_uniform_(module.weight)
             nn.init.zeros_(module.bias)
 
@@ -188,6 +249,7 @@ class Plan:
         quiet: No progress bar.
         start: A directory to go on from, instead of fresh weights.
         class_weight: Of the classification loss; boxes are learned long before digits are told apart.
+        family: A name of `FAMILIES`.
     """
 
     out: Path
@@ -203,6 +265,7 @@ class Plan:
     quiet: bool = False
     start: Path | None = None
     class_weight: float = 1.0
+    family: str = "rtdetr"
 
 
 def my_scenes(plan: Plan, rank: int) -> list[int]:
@@ -231,7 +294,7 @@ def work(rank: int, plan: Plan, meeting_point: str) -> None:
         )
     torch.set_flush_denormal(True)  # denormal numbers cost a CPU many times a normal one's time
     torch.manual_seed(plan.seed)
-    model = build_model(plan.class_weight)
+    model = build_model(plan.family, plan.class_weight)
     if plan.start is not None:
         model.load_state_dict(type(model).from_pretrained(plan.start, dtype=torch.float32).state_dict())
     model = model.to(device=plan.device, memory_format=torch.channels_last).train()
@@ -309,11 +372,12 @@ def main(
     save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = Plan.save_every,
     start: Annotated[Path | None, typer.Option(help="A directory to go on from.")] = None,
     class_weight: Annotated[float, typer.Option(help="Weight of the classification loss.")] = Plan.class_weight,
+    family: Annotated[str, typer.Option(help=f"What to train: {', '.join(FAMILIES)}.")] = Plan.family,
 ) -> None:
     """Trains the tiny detector and writes it as a transformers directory, weights in half precision."""
     processes = 1 if device.startswith("cuda") else processes
     plan = Plan(out, steps, batch, seed, device, processes, learning_rate, save_every=save_every)
-    train(replace(plan, start=start, class_weight=class_weight))
+    train(replace(plan, start=start, class_weight=class_weight, family=family))
 
 
 if __name__ == "__main__":

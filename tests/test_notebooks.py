@@ -8,7 +8,15 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).parent.parent / "notebooks"
-NOTEBOOKS = ["01_postprocess", "02_export", "03_hausdorff", "04_purity"]
+NOTEBOOKS = [
+    "01_postprocess",
+    "02_export",
+    "03_hausdorff",
+    "04_purity",
+    "05_quantize",
+    "06_scale",
+    "07_train",
+]
 # A folder of the machine that ran it, or a terminal's colour codes.
 UNWANTED = re.compile(r"(?<![\w.])/(home|root|tmp|work|Users|usr|opt)/|site-packages|\x1b\[")
 

@@ -82,15 +82,17 @@ class TestScenes:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2])
-def test_two_steps_of_training_write_a_directory_that_loads(tmp_path, processes):
-    run("train_tiny.py", "--steps", 2, "--batch", 4, "--device", "cpu", "--processes", processes, "--out", tmp_path)
+@pytest.mark.parametrize(("family", "processes"), [("rtdetr", 1), ("rtdetr", 2), ("dfine", 1)])
+def test_two_steps_of_training_write_a_directory_that_loads(tmp_path, family, processes):
+    options = ["--family", family, "--steps", 2, "--batch", 4, "--device", "cpu", "--processes", processes]
+    run("train_tiny.py", *options, "--out", tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {
         "model.safetensors",
         "config.json",
         "preprocessor_config.json",
     }
-    model = transformers.RTDetrV2ForObjectDetection.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    model = transformers.AutoModelForObjectDetection.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    assert type(model).__name__ == {"rtdetr": "RTDetrV2", "dfine": "DFine"}[family] + "ForObjectDetection"
     with torch.no_grad():
         outputs = model(torch.zeros(1, 3, 128, 128))
     assert outputs.logits.shape == (1, 30, 10)

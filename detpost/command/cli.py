@@ -47,6 +47,8 @@ BACKEND_HELP = "What runs a network: eager, compile, onnx, openvino or cudagraph
 FORMAT_HELP = "coco, jsonl, csv or parquet; may be repeated."
 # As detpost.runs.detect.MAX_PIXELS, whose import waits for torch.
 _MAX_PIXELS = 178_956_970
+DRAFT_HELP = "Decode JPEG files at a reduced scale where the network's input is far smaller; results differ a little."
+NMS_HELP = "Drop a box whose IoU with a better one of its class is greater, as 0.7."
 MERGE_HELP = "With --tiles: how boxes that overlap become one: nmm (they grow; the default), nms or wbf (their mean)."
 CATEGORIES_HELP = "How classes find their category in the annotations: auto, name, order or label."
 IO_HELP = "What its runner takes: detpost (default), rtdetr, efficientnms, deepstream, ultralytics, frigate, roboflow."
@@ -127,6 +129,7 @@ def detect(
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; CUDA where there is one.")] = None,
     batch: Annotated[int, typer.Option(help="Most images that go through the network at once.")] = 8,
     threshold: Annotated[float, typer.Option(help="Detections with a score above it are kept.")] = 0.5,
+    nms: Annotated[float | None, typer.Option(help=NMS_HELP)] = None,
     out: Annotated[str, typer.Option("--out", "-o", help="Folder for the results.")] = "detections",
     formats: Annotated[list[str] | None, typer.Option("--format", help=FORMAT_HELP)] = None,
     draw: Annotated[bool, typer.Option("--draw", help="Write annotated pictures too.")] = False,
@@ -141,6 +144,7 @@ def detect(
     tiles: Annotated[int | None, typer.Option(help="Cut larger images into tiles of so many pixels, too.")] = None,
     overlap: Annotated[float | None, typer.Option(help="With --tiles: which part neighbours share; 0.2.")] = None,
     merge_by: Annotated[str | None, typer.Option("--merge", help=MERGE_HELP)] = None,
+    draft: Annotated[bool, typer.Option("--draft", help=DRAFT_HELP)] = False,
     stride: Annotated[int | None, typer.Option(help="Of a video: take each how manieth frame; 1.")] = None,
     start: Annotated[float | None, typer.Option(help="Of a video: from how many seconds on.")] = None,
     end: Annotated[float | None, typer.Option(help="Of a video: until how many seconds.")] = None,
@@ -168,6 +172,7 @@ def detect(
         device=device,
         batch_size=batch,
         threshold=threshold,
+        nms=nms,
         fresh=fresh,
         trust_remote_code=trust_remote_code,
         allow_pickle=allow_pickle,
@@ -181,6 +186,7 @@ def detect(
             categories=None if categories == "auto" else categories,
             max_pixels=None if max_pixels == _MAX_PIXELS else max_pixels,
             workers=workers,
+            draft=draft or None,
             engine=None if engine == "local" else engine,
         )
         in_parts = _with_tiling(_given(tiles=tiles, overlap=overlap, merge=merge_by))
@@ -190,12 +196,14 @@ def detect(
         raise ValueError(f"--{name} is for a video: leave it out")
     of_images = {"annotations": annotations, "categories": categories, "max_pixels": max_pixels}
     options = {**options, **_given(**of_images, formats=formats or (["coco"] if engine == "local" else ["parquet"]))}
-    only_local = _given(draw=draw or None, workers=workers, tiles=tiles, overlap=overlap, merge=merge_by)
+    options = {**options, **_with_tiling(_given(tiles=tiles, overlap=overlap, merge=merge_by))}
+    only_local = _given(draw=draw or None, draft=draft or None, workers=workers)
     only_ray = _given(address=address, actors=actors, name_column=name_column, image_column=image_column)
     for name in only_ray if engine == "local" else only_local:
         raise ValueError(f"--engine {engine} takes no --{name.replace('_', '-')}: leave it out")
     run: Any
     source: Any = images
+    seconds: dict[str, float] = {}
     if engine == "ray":
         from detpost.runs.ray import detect as run
     else:
@@ -203,10 +211,11 @@ def detect(
         from detpost.runs.find_images import find_images
 
         source = find_images(images)
-        only_local = _with_tiling(only_local)
+        only_local = {**only_local, "stages": seconds.update}
     _quiet_pillow()
     with show.progress("images") as tell, show.resumable(out):
-        summary = run(source, out, **options, **only_local, **only_ray, progress=tell)
+        noted = lambda done, total: tell(done, total, show.waits(seconds))  # noqa: E731
+        summary = run(source, out, **options, **only_local, **only_ray, progress=noted)
     show.print_summary(summary)
     if strict and summary.skipped:
         raise typer.Exit(1)
@@ -483,8 +492,8 @@ def web(
 
 @app.command(short_help="Write a detector in fewer bits (int8, fp16, bf16) with the same detections.")
 def quantize(
-    model: Annotated[str, typer.Argument(help="An .onnx file of detpost's in float32, or a model to export.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The .onnx file to write; its recipe lies beside it.")],
+    model: Annotated[str, typer.Argument(help="An .onnx or .xml file of detpost's in float32, or a model to export.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="What to write, .xml of .xml; its recipe lies beside it.")],
     precision: Annotated[str, typer.Option(help="int8, fp16 or bf16.")] = "int8",
     images: Annotated[
         list[str] | None, typer.Option("--calibrate", help="Folder of images to calibrate and measure on.")

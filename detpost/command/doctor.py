@@ -22,7 +22,7 @@ _OPTIONAL = {
     "openvino": ("openvino", "OpenVINO export"),
     "transformers": ("hf", "transformers detectors and the tiny detector"),
     "safetensors": ("hf", "weights of transformers detectors"),
-    "supervision": ("viz", "drawing"),
+    "supervision": ("viz", "Detections.to_supervision"),
     "matplotlib": ("viz", "plots"),
     "faster_coco_eval": ("eval", "COCO evaluation"),
     "av": ("video", "video"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,12 @@ def print_demo(result: Any, out: Path) -> None:
         for name, score, box in rows:
             table.add_row(name, f"{score:.3f}", *(f"{value:.1f}" for value in box))
         console.print(table)
-    agreement = Table("image", "detections", "match", "box difference", "score difference", "decode of its raw outputs")
+    dropped = ", ".join(f"{image.dropped} in {_shown(image.name)}" for image in result.images if image.dropped)
+    print_line(
+        f"doubled boxes dropped by greedy NMS (IoU above {result.nms}, by class): {dropped or 'none'}; "
+        "a set predictor needs no NMS in theory, tiny does"
+    )
+    agreement = Table("image", "before NMS", "match", "box difference", "score difference", "decode of its raw outputs")
     agreement.title, agreement.title_justify = f"PyTorch against ONNX Runtime ({result.model.name})", "left"
     for image in result.images:
         match = image.match
@@ -77,12 +82,20 @@ def print_parts(parts: Sequence[Any]) -> None:
 
 
 @contextlib.contextmanager
-def progress(what: str, quiet: bool = False) -> Iterator[Callable[[int, int], None]]:
-    """Show how far a run is, its rate and the time left; on a terminal as a bar, elsewhere as a line now and then."""
+def progress(what: str, quiet: bool = False) -> Iterator[Callable[..., None]]:
+    """Show how far a run is, its rate and the time left; on a terminal as a bar, elsewhere as a line now and then.
+
+    Args:
+        what: is counted.
+        quiet: show nothing.
+
+    Yields:
+        A function of how many are done, how many there are, and, if there is something to say, a note.
+    """
     if quiet or not console.is_terminal:
         began, before, last = 0.0, -1, 0.0
 
-        def line(done: int, total: int) -> None:
+        def line(done: int, total: int, note: str = "") -> None:
             nonlocal began, before, last
             now = time.monotonic()
             if before < 0:
@@ -92,7 +105,7 @@ def progress(what: str, quiet: bool = False) -> Iterator[Callable[[int, int], No
             last = now
             rate = (done - before) / (now - began) if done > before and now > began else 0.0
             pace = f", {rate:.1f}/s, {_clock((total - done) / rate)} left" if rate else ""
-            console.print(f"... {done} of {total} {what}{pace}", highlight=False)
+            console.print(f"... {done} of {total} {what}{pace}{note and f', {note}'}", highlight=False)
 
         yield line
         return
@@ -104,17 +117,26 @@ def progress(what: str, quiet: bool = False) -> Iterator[Callable[[int, int], No
         bars.MofNCompleteColumn(),
         bars.TextColumn("{task.fields[rate]}"),
         bars.TimeRemainingColumn(compact=True),
+        bars.TextColumn("{task.fields[note]}"),
     ]
     with bars.Progress(*columns, console=console) as bar:
         tasks: list[bars.TaskID] = []
 
-        def advance(done: int, total: int) -> None:
+        def advance(done: int, total: int, note: str = "") -> None:
             if not tasks:  # added with what an earlier run did, which then does not count as this one's speed
-                tasks.append(bar.add_task(what, total=total, completed=done, rate=""))
+                tasks.append(bar.add_task(what, total=total, completed=done, rate="", note=""))
             speed = bar.tasks[0].speed
-            bar.update(tasks[0], completed=done, rate=f"{speed:.1f}/s" if speed else "")
+            bar.update(tasks[0], completed=done, rate=f"{speed:.1f}/s" if speed else "", note=note)
 
         yield advance
+
+
+def waits(seconds: Mapping[str, float]) -> str:
+    """Say which stage a run has waited for, beside the network; nothing where it hardly did."""
+    whole = sum(seconds.values())
+    others = {stage: spent / whole for stage, spent in seconds.items() if stage != "network" and spent > 0.05 * whole}
+    held_up = [f"{share:.0%} of the time for {stage}" for stage, share in others.items()]
+    return f"network waits {', '.join(held_up)}" if held_up else ""
 
 
 @contextlib.contextmanager

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import builtins
 import contextlib
 import io
+import keyword
 import re
 import tokenize
 from collections.abc import Iterable, Iterator
@@ -16,7 +18,15 @@ from detpost.purity.rules import Severity, allowed_codes
 
 # Layers and activations, also those handed in under a general name: `relu_type(inplace=True)`.
 _LAYER_NAME = re.compile(r"relu|elu|act|dropout|silu|swish|mish|sigmoid|tanh|threshold|norm|layer", re.IGNORECASE)
-_HARMLESS = frozenset({"_", "rename_", "requires_grad_", "share_memory_"})  # they end in "_" and write no values
+# They end in "_" and write no values: of tensors, and where a word of Python's is taken, as in pyarrow and in operator.
+_HARMLESS = frozenset({"_", "rename_", "requires_grad_", "share_memory_"})
+_NO_METHODS = frozenset(f"{word}_" for word in (*keyword.kwlist, *dir(builtins))) - {
+    "abs_",
+    "map_",
+    "pow_",
+    "round_",
+    "set_",
+}
 _SHAPES = frozenset({"argwhere", "masked_select", "nonzero", "unique", "unique_consecutive"})
 
 
@@ -220,15 +230,16 @@ class _Reader:
         on_tensor = home == "torch" or receiver.is_tensor
         own = f"{name}()" in scope.names  # a method or function of the same file
         maybe = method and receiver in (Kind.UNKNOWN, Kind.TENSORS) and not own
-        if name.endswith("_") and not (name.startswith("_") or name in _HARMLESS) and (on_tensor or maybe):
+        harmless = name in _HARMLESS or (name in _NO_METHODS and not on_tensor)
+        if name.endswith("_") and not (name.startswith("_") or harmless) and (on_tensor or maybe):
             self.underscored(node, text, home, receiver)
         made = ast.unparse(node.args[0]) if name == "partial" and node.args else name
-        for keyword in node.keywords:
-            constant = keyword.value.value if isinstance(keyword.value, ast.Constant) else ...
-            if keyword.arg == "inplace" and constant is True and _LAYER_NAME.search(made):
+        for option in node.keywords:
+            constant = option.value.value if isinstance(option.value, ast.Constant) else ...
+            if option.arg == "inplace" and constant is True and _LAYER_NAME.search(made):
                 self.report("DP005", node, f"{text}(inplace=True) overwrites its input; write inplace=False")
-            if keyword.arg == "out" and constant is not None and on_tensor:
-                written = scope.kind(keyword.value)
+            if option.arg == "out" and constant is not None and on_tensor:
+                written = scope.kind(option.value)
                 self.report("DP004", node, f"{text}(out=...) writes {_said(written)}; use what it returns", written)
         if name == "item" and not node.args and receiver is not Kind.OTHER:
             self.report("DP010", node, f"{text}() makes the host wait for the value; keep it in a tensor")

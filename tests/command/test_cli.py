@@ -6,10 +6,12 @@ import sys
 
 import pytest
 from PIL import Image
+from torchvision.ops import box_iou
 from typer.testing import CliRunner
 
 import detpost
 from detpost.command.cli import app, main
+from detpost.command.demo import run_demo
 from detpost.command.doctor import examine
 from detpost.export import MaskHead, OrientedHead
 from detpost.export.heads import recorded_heads
@@ -36,6 +38,14 @@ def test_the_demo_detects_draws_exports_and_agrees(tmp_path):
     assert (tmp_path / "tiny.onnx").is_file()
     assert "identical" in result.output
     assert "DIFFERENT" not in result.output
+    assert "doubled boxes dropped by greedy NMS (IoU above 0.7, by class): 1 in petals.png;" in result.output
+
+
+def test_no_two_boxes_that_the_demo_draws_are_on_one_digit(tmp_path):
+    result = run_demo(tmp_path, sample_images())
+    for image in result.images:
+        overlaps = box_iou(image.found["boxes"], image.found["boxes"]).triu(diagonal=1)
+        assert overlaps.max() <= result.nms, image.name
 
 
 def test_the_demo_takes_the_callers_images(tmp_path):

@@ -337,3 +337,17 @@ def test_folders_are_searched_and_hidden_ones_are_not(tmp_path):
 )
 def test_unusual_source_is_read_without_an_exception(source):
     assert check_source(source) == ()
+
+
+def test_a_word_of_pythons_with_an_underscore_is_no_write_to_something_unknown():
+    source = """
+        import torch
+
+        def kinds(pa, masks, x):
+            masks.exp_()
+            masks.pow_(2)
+            x = torch.ones(2) if x is None else x.and_(x)
+            return pa.list_(pa.int32()), pa.bool_(), masks.or_(1)
+    """
+    found = check_source(textwrap.dedent(source))
+    assert [finding.line for finding in found] == [5, 6]
