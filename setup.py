@@ -84,7 +84,7 @@ setup(
             sources=["detpost/_tensors.cpp"],
             depends=HEADERS,
             language="c++",
-            extra_compile_args=["-O2", "-std=c++17", "-fvisibility=hidden"],
+            extra_compile_args=["-O2", "-std=c++17", "-fvisibility=hidden", "-ffp-contract=off"],
             extra_link_args=LINK,
             py_limited_api=True,
             optional=True,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +14,7 @@ from benchmarks.inputs import Case, Size, is_installed, no_grad, raw_outputs, wi
 from detpost import kernels
 from detpost.kernels.cpu import decode as native
 from detpost.postprocess import DetectionPostProcessor
+from detpost.spec import DecodeSpec
 
 __all__ = ["cold", "gradient", "padded", "softmax_lists", "to_lists", "trade_off"]
 
@@ -245,28 +245,36 @@ def _rfdetr(size: Size, device: str) -> dict[str, Case]:
 
 
 def _ultralytics(size: Size, device: str) -> dict[str, Case]:
-    from detpost.integrations.ultralytics import postprocess
+    """Time what is behind the head: that of 8.4 selects by itself, that of 8.3, where it is installed, does not."""
+    from detpost.integrations.ultralytics import postprocess, postprocess_selected
 
     logits, boxes, sizes = raw_outputs(size, device)
-    preds = [torch.cat((box, values.sigmoid()), dim=-1) for values, box in zip(logits, boxes, strict=True)]
-    own = no_grad(lambda i: postprocess(preds[i], sizes, conf=0.25))
-    contenders: dict[str, Case] = {"detpost": own}
+    own, heads = postprocess_selected, [_selected(*raw) for raw in zip(logits, boxes, strict=True)]
+    contenders: dict[str, Case] = {}
     if is_installed("ultralytics"):
         from types import SimpleNamespace
 
         from ultralytics.models.rtdetr.predict import RTDETRPredictor
+        from ultralytics.nn.modules.head import RTDETRDecoder
 
+        if not hasattr(RTDETRDecoder, "postprocess"):
+            own = postprocess
+            heads = [torch.cat((box, values.sigmoid()), dim=-1) for values, box in zip(logits, boxes, strict=True)]
         predictor = object.__new__(RTDETRPredictor)
         names = {number: str(number) for number in range(size[2])}
         predictor.args = SimpleNamespace(conf=0.25, classes=None, max_det=300)
         predictor.model = SimpleNamespace(names=names)
         predictor.batch = [[""] * size[0]]
         images = [torch.zeros(480, 640, 3, dtype=torch.uint8).numpy()] * size[0]
-        theirs = no_grad(lambda i: predictor.postprocess(preds[i], torch.zeros(1), images))
-        with contextlib.suppress(AttributeError, ValueError):  # another version, with another head
-            theirs(0)
-            contenders |= {"Ultralytics": theirs}
-    return contenders
+        contenders = {"Ultralytics": no_grad(lambda i: predictor.postprocess(heads[i], torch.zeros(1), images))}
+    return {"detpost": no_grad(lambda i: own(heads[i], sizes, conf=0.25))} | contenders
+
+
+def _selected(logits: Tensor, boxes: Tensor) -> Tensor:
+    """Give (B, K, 6), as the head of ultralytics 8.4: the best pairs of query and class, with their boxes."""
+    found = DetectionPostProcessor(DecodeSpec(top_k=KEPT))(logits, boxes)
+    chosen = boxes.gather(1, found.queries.unsqueeze(-1).expand(-1, -1, 4))
+    return torch.cat((chosen, found.scores.unsqueeze(-1), found.labels.unsqueeze(-1)), dim=-1)
 
 
 def _only(contenders: dict[str, Case], name: str) -> dict[str, Case]:

@@ -71,6 +71,7 @@ def run_benchmark(
         warnings.simplefilter("ignore")
         for task in tasks(device, quick, only):
             say(f"{task.name} {times(task.size)}")
+            task = replace(task, contenders=_that_run(task, say))
             timed = _race(task.name, task.size, task.contenders, seconds, device, longest)
             peaks = _peaks(task, device)
             rows += [replace(row, peak_bytes=peaks.get(row.name)) for row in timed]
@@ -80,6 +81,23 @@ def run_benchmark(
 def times(size: Size) -> str:
     """Write a size as 1x300x80."""
     return "x".join(map(str, size))
+
+
+def _that_run(task: Task, say: Callable[[str], None]) -> dict[str, Case]:
+    """Run each contender twice; a peer of a version that these inputs do not suit is named and left out."""
+    able: dict[str, Case] = {}
+    for name, case in task.contenders.items():
+        try:
+            case(0)
+            case(1)
+        except Exception as error:
+            if name.startswith("detpost"):
+                raise
+            why = " ".join(f"{type(error).__name__}: {error}".split())
+            say(f"{task.name} {times(task.size)}: without {name}, which fails ({why})")
+        else:
+            able[name] = case
+    return able
 
 
 def _race(
@@ -95,9 +113,6 @@ def _race(
     A turn of a quick contender is all inputs in a row: its own code stays in the caches, as in a loop of its own.
     What runs before a cold call may take a thousand times as long as the call: no race lasts much beyond ``longest``.
     """
-    for case in contenders.values():
-        case(0)
-        case(1)
     taken: dict[str, list[float]] = {name: [] for name in contenders}
     spent, turn, last = 0.0, 0, time.perf_counter() + longest
     while turn < 3 or (spent < seconds * len(contenders) and time.perf_counter() < last):

@@ -535,6 +535,19 @@ PyObject* dicts_of(const DecodeCall& call, const std::vector<int64_t>& chosen, c
   return images.release();
 }
 
+// For each image its part of the rows of six columns at the beginning of a block.
+PyObject* rows_by_image(const Holder& block, const std::vector<int64_t>& ends) {
+  const int64_t batch = static_cast<int64_t>(ends.size());
+  Reference images(PyList_New(batch));
+  for (int64_t image = 0; images && image < batch; ++image) {
+    const int64_t first = image ? ends[image - 1] : 0;
+    PyObject* made = make(block, {24 * static_cast<size_t>(first), kFloat32, 2, ends[image] - first, 6});
+    if (!made) return nullptr;
+    PyList_SetItem(images.get(), image, made);
+  }
+  return images.release();
+}
+
 PyObject* rows_of(const DecodeCall& call, const std::vector<int64_t>& chosen, const std::vector<int64_t>& ends, long layout) {
   const Holder block(Block::make(24 * chosen.size(), static_cast<size_t>(call.batch)));
   if (!block) return PyErr_NoMemory();
@@ -548,14 +561,12 @@ PyObject* rows_of(const DecodeCall& call, const std::vector<int64_t>& chosen, co
     *label = static_cast<float>(reinterpret_cast<const int64_t*>(call.out_labels)[slot]);
     row += 6;
   }
-  Reference images(PyList_New(call.batch));
-  for (int64_t image = 0; images && image < call.batch; ++image) {
-    const int64_t first = image ? ends[image - 1] : 0;
-    PyObject* made = make(block, {24 * static_cast<size_t>(first), kFloat32, 2, ends[image] - first, 6});
-    if (!made) return nullptr;
-    PyList_SetItem(images.get(), image, made);
-  }
-  return images.release();
+  return rows_by_image(block, ends);
+}
+
+// Beyond these PyTorch's comparison raises an error.
+bool threshold_of(PyObject* value, double* threshold) {
+  return number_of(value, threshold) && *threshold > -1e30 && *threshold < 1e30;
 }
 
 // per_image(plan, threads, logits, boxes, image_sizes, layout, names, threshold, all, by_query): for each image what the
@@ -569,8 +580,7 @@ PyObject* per_image(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   if (taken == kError) return nullptr;
   const long layout = PyLong_AsLong(arguments[5]);
   if (arguments[7] != Py_None) {
-    // Beyond these PyTorch's comparison raises an error.
-    if (!number_of(arguments[7], &call.threshold) || !(call.threshold > -1e30 && call.threshold < 1e30)) Py_RETURN_NONE;
+    if (!threshold_of(arguments[7], &call.threshold)) Py_RETURN_NONE;
     call.has_threshold = 1;
   }
   const bool all = arguments[8] == Py_True, by_query = arguments[9] == Py_True;
@@ -583,6 +593,50 @@ PyObject* per_image(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
     ends.push_back(static_cast<int64_t>(chosen.size()));
   }
   return layout == kDict ? dicts_of(call, chosen, ends, arguments[6]) : rows_of(call, chosen, ends, layout);
+}
+
+// selected(rows, sizes, threshold, most): of each image's rows of box, score and class those above the threshold, at most so
+// many, with their boxes' corners in pixels; or None.
+PyObject* selected(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  if (count != 4) return PyErr_Format(PyExc_TypeError, "selected takes 4 arguments; got %zd", count);
+  Prepared prepared;
+  Strided rows;
+  double limit, most;
+  if (!is_served() || !threshold_of(arguments[2], &limit) || !number_of(arguments[3], &most)) Py_RETURN_NONE;
+  Taken taken = read(arguments[0], &rows);
+  const bool fits = taken == kTaken && rows.dimensions == 3 && rows.shape[2] == 6 && rows.type == kFloat32;
+  if (taken == kTaken && !fits) taken = kNotTaken;
+  if (taken == kTaken) {
+    prepared.call.batch = rows.shape[0];
+    taken = read_sizes(arguments[1], kSwapped | kPairs | kNeeded, &prepared);
+  }
+  if (taken == kNotTaken) Py_RETURN_NONE;
+  if (taken == kError) return nullptr;
+  const float* from = static_cast<const float*>(rows.data);
+  const float threshold = static_cast<float>(limit);
+  std::vector<int64_t> chosen, ends;
+  for (int64_t image = 0; image < rows.shape[0]; ++image) {
+    const size_t before = chosen.size();
+    for (int64_t row = image * rows.shape[1]; row < (image + 1) * rows.shape[1]; ++row) {
+      if (static_cast<double>(chosen.size() - before) >= most) break;
+      if (from[6 * row + 4] > threshold) chosen.push_back(row);
+    }
+    ends.push_back(static_cast<int64_t>(chosen.size()));
+  }
+  const Holder block(Block::make(24 * chosen.size(), ends.size()));
+  if (!block) return PyErr_NoMemory();
+  float* to = block->at<float>(0);
+  size_t image = 0;
+  for (size_t i = 0; i < chosen.size(); ++i, to += 6) {
+    while (static_cast<int64_t>(i) >= ends[image]) ++image;
+    const float* row = from + 6 * chosen[i];
+    const float width = prepared.sizes[2 * image], height = prepared.sizes[2 * image + 1];
+    const float half_width = 0.5f * row[2], half_height = 0.5f * row[3];
+    to[0] = (row[0] - half_width) * width, to[1] = (row[1] - half_height) * height;
+    to[2] = (row[0] + half_width) * width, to[3] = (row[1] + half_height) * height;
+    to[4] = row[4], to[5] = row[5];
+  }
+  return rows_by_image(block, ends);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -678,11 +732,12 @@ PyMethodDef kMethods[] = {
     {"bind_decode", fast<bind_decode>(), METH_FASTCALL, nullptr},
     {"decode", fast<decode>(), METH_FASTCALL, nullptr},
     {"per_image", fast<per_image>(), METH_FASTCALL, nullptr},
+    {"selected", fast<selected>(), METH_FASTCALL, nullptr},
     {"split", fast<split>(), METH_FASTCALL, nullptr},
     {nullptr, nullptr, 0, nullptr},
 };
 
-constexpr int kInterface = 1;  // raised with every change of what is above: tensors.py refuses another number
+constexpr int kInterface = 2;  // raised with every change of what is above: tensors.py refuses another number
 
 PyModuleDef kModule = {PyModuleDef_HEAD_INIT, "_tensors", nullptr, -1, kMethods, nullptr, nullptr, nullptr, nullptr};
 

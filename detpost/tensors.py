@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 
 __all__ = ["extension", "is_plain_call", "split"]
 
-_INTERFACE = 1
+_INTERFACE = 2
 
 
 @functools.cache

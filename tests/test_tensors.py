@@ -54,7 +54,7 @@ def direct_calls(monkeypatch):
 
         return call
 
-    stand_in = SimpleNamespace(decode=counted("decode"), per_image=counted("per_image"))
+    stand_in = SimpleNamespace(**{name: counted(name) for name in ("decode", "per_image", "selected")})
     monkeypatch.setattr(direct, "_extension", lambda: stand_in)
     return taken
 
@@ -98,6 +98,7 @@ def test_drop_ins_give_the_same_either_way(values, without, direct_calls):
     outputs = {"pred_logits": values, "pred_boxes": BOXES}
     pairs = [tuple(row) for row in SIZES.tolist()]
     scores = torch.cat((BOXES, values.sigmoid()), dim=-1)
+    selected = torch.cat((scores, BOXES[..., :1].round()), dim=-1)[..., [0, 1, 2, 3, 4, -1]]
     calls = [
         *(
             lambda family=family, sizes=sizes, threshold=threshold: post_process_object_detection(
@@ -115,6 +116,14 @@ def test_drop_ins_give_the_same_either_way(values, without, direct_calls):
         lambda: rfdetr.PostProcess(30)(outputs, SIZES),
         lambda: ultralytics.postprocess(scores, SIZES, 0.4),
         lambda: ultralytics.postprocess(scores, pairs, 0.4, max_det=3),
+        *(
+            lambda sizes=sizes, conf=conf, most=most: ultralytics.postprocess_selected(
+                selected, sizes, conf, None, most
+            )
+            for sizes in (SIZES, SIZES.int(), SIZES.float() + 0.25, pairs)
+            for conf in (0.4, 0, -1, 1.5)
+            for most in (300, 3, 1, 0, -2, 10**30)
+        ),
     ]
     for number, call in enumerate(calls):
         taken = len(direct_calls)
@@ -161,6 +170,32 @@ def test_a_forced_kernel_is_asked(kernel, monkeypatch, direct_calls):
 
 class Watched(torch.Tensor):
     """A tensor of another kind."""
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        pytest.param(torch.rand(3, 5, 6).double(), id="float64"),
+        pytest.param(torch.rand(3, 5, 6).half(), id="half"),
+        pytest.param(torch.rand(3, 6, 5).mT, id="not contiguous"),
+        pytest.param(torch.rand(3, 5, 6).requires_grad_(), id="with a gradient"),
+    ],
+)
+def test_selected_rows_that_are_not_plain_go_another_way(rows, direct_calls):
+    found = ultralytics.postprocess_selected(rows, SIZES, 0.5)
+    assert direct_calls == []
+    with torch.no_grad():
+        plain = ultralytics.postprocess_selected(rows.detach().float().contiguous(), SIZES, 0.5)
+    assert direct_calls == ["selected"]
+    for one, other in zip(found, plain, strict=True):
+        torch.testing.assert_close(one.float(), other)
+    assert found[0].requires_grad == rows.requires_grad
+
+
+def test_no_selected_rows_give_none_back():
+    assert [rows.shape for rows in ultralytics.postprocess_selected(torch.zeros(3, 0, 6), SIZES)] == [(0, 6)] * 3
+    assert ultralytics.postprocess_selected(torch.zeros(0, 4, 6), []) == []
+    assert ultralytics.postprocess_selected(torch.zeros(0, 4, 6), SIZES[:0]) == []
 
 
 @pytest.mark.parametrize(

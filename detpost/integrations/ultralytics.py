@@ -147,13 +147,26 @@ def postprocess_selected(
         [tensor([[ 0.0000,  0.0000, 20.0000, 10.0000,  0.7500,  1.0000]])]
     """
     first = _first(preds)
+
+    def otherwise() -> list[Tensor]:
+        return _checked_selected(first, orig_shapes, conf, classes, max_det)
+
+    if classes is None and type(max_det) is int:
+        return kernels.selected_rows(first, orig_shapes, otherwise, threshold=conf, most=max_det)
+    return otherwise()
+
+
+def _checked_selected(
+    first: Tensor, orig_shapes: Any, conf: float, classes: Sequence[int] | None, max_det: int
+) -> list[Tensor]:
+    """Check what is not a plain call, and take its rows."""
     _check(first, "6", first.ndim == 3 and first.shape[2] == 6, conf)
     values = first.to(torch.promote_types(first.dtype, torch.float32))
     corners = box_ops.convert(values[..., :4], "cxcywh", "xyxy")
     corners = box_ops.scale(corners, size_rows(orig_shapes, first, "orig_shapes"))
     wanted = (values[..., 4] > conf) & _allowed(values[..., 5], classes)  # NaN is above nothing
-    rows = torch.cat((corners, values[..., 4:]), dim=-1)
-    return [image for (image,) in split_by_image(wanted & (wanted.cumsum(dim=1) <= max_det), rows)]
+    rows, most = torch.cat((corners, values[..., 4:]), dim=-1), min(max_det, first.shape[1])
+    return [image for (image,) in split_by_image(wanted & (wanted.cumsum(dim=1) <= most), rows)]
 
 
 @contextlib.contextmanager

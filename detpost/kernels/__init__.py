@@ -1,6 +1,6 @@
 """What is written for speed, behind one dispatch that always answers; :mod:`detpost.kernels.dispatch` says how."""
 
-from detpost.kernels.direct import BOX_SCORE_LABEL, LABEL_SCORE_BOX, DirectDecode
+from detpost.kernels.direct import BOX_SCORE_LABEL, LABEL_SCORE_BOX, DirectDecode, selected_rows
 from detpost.kernels.dispatch import (
     KERNELS,
     boundary_distance,
@@ -33,6 +33,7 @@ __all__ = [
     "merge",
     "nms",
     "select",
+    "selected_rows",
     "squared_distance",
     "suppress",
     "surface_distances",

@@ -20,7 +20,7 @@ from detpost.detections import Detections
 from detpost.kernels.cpu.decode import address, plan
 from detpost.spec import DecodeSpec
 
-__all__ = ["BOX_SCORE_LABEL", "LABEL_SCORE_BOX", "DirectDecode"]
+__all__ = ["BOX_SCORE_LABEL", "LABEL_SCORE_BOX", "DirectDecode", "selected_rows"]
 
 # Columns of the rows of :meth:`DirectDecode.rows`.
 LABEL_SCORE_BOX: Final = 1
@@ -139,3 +139,23 @@ class DirectDecode:
             threads = torch.get_num_threads()
             images = found.per_image(self._plan, threads, logits, boxes, sizes, layout, None, threshold, False, False)
         return otherwise(logits, boxes, sizes) if images is None else images
+
+
+def selected_rows(
+    rows: Any, sizes: Any, otherwise: Callable[[], list[Tensor]], *, threshold: Any, most: int
+) -> list[Tensor]:
+    """Take the detections that a head has selected: those above a threshold, their boxes as corners in pixels.
+
+    Args:
+        rows: (B, K, 6): cxcywh in units of the image, score, class.
+        sizes: (height, width) of each image in pixels, a tensor (B, 2) or a list of pairs.
+        otherwise: answers what is not a plain call.
+        threshold: keep ``score > threshold``.
+        most: keep no more of an image than its first so many.
+
+    Returns:
+        For each image (D, 6), float32: x1, y1, x2, y2, score, class, in the order in which they came.
+    """
+    found = _extension() if tensors.is_plain_call() else None
+    images: list[Tensor] | None = None if found is None else found.selected(rows, sizes, threshold, most)
+    return otherwise() if images is None else images

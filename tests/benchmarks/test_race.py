@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import report
-from benchmarks.race import Row, _peaks, _race, run_benchmark
+from benchmarks.race import Row, _peaks, _race, _that_run, run_benchmark
 from benchmarks.report import write_json, write_plot, write_table
 from benchmarks.tasks import Task
 from detpost.kernels.cpu import library
@@ -33,6 +33,19 @@ def test_inputs_take_turns():
     assert set(seen) == set(range(8))
 
 
+def test_a_peer_that_fails_is_left_out_by_name_and_detpost_never():
+    def fails(turn):
+        raise RuntimeError("expects sizes\nto sum")
+
+    said = []
+    task = Task("decode", (1, 2), {"detpost": len, "a peer": fails, "another": abs})
+    with pytest.raises(TypeError):
+        _that_run(task, said.append)
+    task = Task("decode", (1, 2), {"detpost": abs, "a peer": fails, "another": abs})
+    assert list(_that_run(task, said.append)) == ["detpost", "another"]
+    assert said == ["decode 1x2: without a peer, which fails (RuntimeError: expects sizes to sum)"]
+
+
 def test_what_runs_before_a_cold_call_is_not_timed():
     class Prepared:
         prepared = 0
@@ -42,7 +55,7 @@ def test_what_runs_before_a_cold_call_is_not_timed():
             time.sleep(0.02)
 
         def __call__(self, turn):
-            assert self.prepared or turn < 2  # the two calls that warm up
+            assert self.prepared
             time.sleep(0.001)
 
     contender = Prepared()
