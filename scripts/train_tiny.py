@@ -46,6 +46,8 @@ DFINE = (
     "embed.0.layers.0",
     "embed.0.layers.1",
 )
+# Of RF-DETR, those of its heads, and of each group of queries that is taught.
+RFDETR = ("layers.0", "layers.1", "enc_output.1", "enc_output.2", "enc_output.3")
 app = typer.Typer(add_completion=False)
 
 
@@ -158,7 +160,39 @@ def tiny_dfine(class_weight: float) -> tuple[nn.Module, tuple[str, ...]]:
     return DFineForObjectDetection(config), DFINE
 
 
-FAMILIES = {"rtdetr": tiny_rtdetr, "dfine": tiny_dfine}
+def tiny_rfdetr(class_weight: float) -> tuple[nn.Module, tuple[str, ...]]:
+    """RF-DETR on a small DINOv2 with windows: no pyramid, and groups of queries that are taught side by side."""
+    from transformers import RfDetrConfig, RfDetrDinov2Config, RfDetrForObjectDetection
+
+    backbone = RfDetrDinov2Config(
+        image_size=SIDE,
+        patch_size=8,
+        hidden_size=96,
+        num_hidden_layers=4,
+        num_attention_heads=3,
+        num_windows=2,
+        use_mask_token=False,
+        out_indices=[2, 4],
+    )
+    config = RfDetrConfig(
+        backbone_config=backbone,
+        d_model=96,
+        decoder_layers=2,
+        decoder_ffn_dim=256,
+        decoder_self_attention_heads=3,
+        decoder_cross_attention_heads=3,
+        c2f_num_blocks=1,
+        dropout=0.0,
+        group_detr=4,
+        num_queries=COMMON["num_queries"],
+        id2label=COMMON["id2label"],
+        label2id=COMMON["label2id"],
+        class_loss_coefficient=class_weight,
+    )
+    return RfDetrForObjectDetection(config), RFDETR
+
+
+FAMILIES = {"rtdetr": tiny_rtdetr, "dfine": tiny_dfine, "rfdetr": tiny_rfdetr}
 
 
 @torch.no_grad()

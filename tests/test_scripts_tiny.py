@@ -82,7 +82,7 @@ class TestScenes:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("family", "processes"), [("rtdetr", 1), ("rtdetr", 2), ("dfine", 1)])
+@pytest.mark.parametrize(("family", "processes"), [("rtdetr", 1), ("rtdetr", 2), ("dfine", 1), ("rfdetr", 1)])
 def test_two_steps_of_training_write_a_directory_that_loads(tmp_path, family, processes):
     options = ["--family", family, "--steps", 2, "--batch", 4, "--device", "cpu", "--processes", processes]
     run("train_tiny.py", *options, "--out", tmp_path)
@@ -92,7 +92,8 @@ def test_two_steps_of_training_write_a_directory_that_loads(tmp_path, family, pr
         "preprocessor_config.json",
     }
     model = transformers.AutoModelForObjectDetection.from_pretrained(tmp_path, dtype=torch.float32).eval()
-    assert type(model).__name__ == {"rtdetr": "RTDetrV2", "dfine": "DFine"}[family] + "ForObjectDetection"
+    name = {"rtdetr": "RTDetrV2", "dfine": "DFine", "rfdetr": "RfDetr"}[family]
+    assert type(model).__name__ == f"{name}ForObjectDetection"
     with torch.no_grad():
         outputs = model(torch.zeros(1, 3, 128, 128))
     assert outputs.logits.shape == (1, 30, 10)
