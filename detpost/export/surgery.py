@@ -95,7 +95,10 @@ def in_order(nodes: Iterable[onnx.NodeProto]) -> list[onnx.NodeProto]:
     """Sort nodes so that each stands behind those that it needs."""
     listed = list(nodes)
     maker = {name: place for place, node in enumerate(listed) for name in node.output if name}
-    needs = {place: {maker[name] for name in uses_of(node) if name in maker} for place, node in enumerate(listed)}
+    # Sorted: the order of a set of names is another one in every process.
+    needs = {
+        place: sorted({maker[name] for name in uses_of(node) if name in maker}) for place, node in enumerate(listed)
+    }
     return [listed[place] for place in TopologicalSorter(needs).static_order()]
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from detpost.runs.coco import match_images, read_annotations
-from detpost.runs.parquet import TableWriter, about, import_pyarrow, rows_of, schema, tables_of
+from detpost.runs.parquet import TableWriter, about, import_pyarrow, name_of, rows_of, schema, sort_key, tables_of
 from detpost.runs.results import PARQUET, Report, Skipped, check_formats, replaced
 from detpost.runs.sorting import KEY, Opened, merged
 
@@ -205,8 +205,9 @@ def _given_ids(paths: Sequence[Path], annotations: str | Path) -> dict[str, int]
     names: set[str] = set()
     for path in paths:
         with pa.parquet.ParquetFile(path) as file:
-            names.update(name for table in tables_of(file, [KEY]) for name in table[KEY].to_pylist())
-    return match_images(read_annotations(annotations)["images"], sorted(names), annotations)
+            names.update(name_of(text) for table in tables_of(file, [KEY]) for text in table[KEY].to_pylist())
+    given = match_images(read_annotations(annotations)["images"], sorted(names), annotations)
+    return {sort_key(name).decode(): number for name, number in given.items()}
 
 
 def _common(known: Sequence[dict[str, Any] | None], paths: Sequence[Path]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,17 @@ from detpost.runs.batches import names_beside
 if TYPE_CHECKING:
     import pyarrow
 
-__all__ = ["TableWriter", "about", "import_pyarrow", "rows_of", "schema", "sort_key", "table_of", "tables_of"]
+__all__ = [
+    "TableWriter",
+    "about",
+    "import_pyarrow",
+    "name_of",
+    "rows_of",
+    "schema",
+    "sort_key",
+    "table_of",
+    "tables_of",
+]
 
 # A row group ends once its rows have about so many bytes: what a reader of one group holds.
 _GROUP_BYTES = 4 * 1024**2
@@ -23,6 +34,8 @@ _ROW_BYTES, _DETECTION_BYTES = 128, 48
 # A reader takes about so many bytes of rows at once.
 _READ_BYTES = 1024**2
 _METADATA = b"detpost"
+_LIKE_A_BYTE = re.compile(r"\\(?=x[0-9a-f]{2})")
+_BYTE = re.compile(rb"\\x([0-9a-f]{2})")
 # What some columns are called in the journal.
 _IN_ROWS = {"label_names": "names"}
 
@@ -74,8 +87,19 @@ def about(found: pyarrow.Schema) -> dict[str, Any] | None:
 
 
 def sort_key(name: str) -> bytes:
-    r"""Give a file name's bytes as Parquet has and orders them; a byte that is not UTF-8 is written as ``\xff``."""
-    return _utf8(name).encode()
+    r"""Give a file name's bytes as Parquet has and orders them.
+
+    A byte that is not UTF-8 is written as ``\xff``, and the backslash of a name that reads so as ``\x5c``: no two names
+    are written alike, and :func:`rows_of` gives back what each was.
+    """
+    return _utf8(_LIKE_A_BYTE.sub(r"\\x5c", name)).encode()
+
+
+def name_of(written: str) -> str:
+    """Give the file name of which :func:`sort_key` gives these bytes."""
+    if "\\x" not in written:
+        return written
+    return _BYTE.sub(lambda found: bytes([int(found[1], 16)]), written.encode()).decode("utf-8", "surrogateescape")
 
 
 def table_of(rows: Iterable[Mapping[str, Any]], columns: pyarrow.Schema | None = None) -> pyarrow.Table:
@@ -97,7 +121,9 @@ def table_of(rows: Iterable[Mapping[str, Any]], columns: pyarrow.Schema | None =
     left_out = sorted({name for row in rows for name in names_beside(row)} - {*wanted.names})
     if left_out:
         warnings.warn(f"Parquet has no column for {', '.join(left_out)}: coco and jsonl hold them", stacklevel=2)
-    plain = [{**row, **_renamed(row), "file_name": _utf8(row["file_name"]), "error": _error(row)} for row in rows]
+    plain = [
+        {**row, **_renamed(row), "file_name": sort_key(row["file_name"]).decode(), "error": _error(row)} for row in rows
+    ]
     return pa.table([pa.array([row.get(field.name) for row in plain], field.type) for field in wanted], wanted)
 
 
@@ -105,6 +131,7 @@ def rows_of(table: pyarrow.Table) -> Iterator[dict[str, Any]]:
     """Give a table's rows as the journal has them."""
     for row in table.to_pylist():
         kept = {name: value for name, value in row.items() if value is not None}
+        kept["file_name"] = name_of(kept["file_name"])
         yield {_IN_ROWS.get(name, name): value for name, value in kept.items()}
 
 

@@ -323,15 +323,15 @@ class _Known:
 
     def of(self, names: Sequence[str]) -> dict[str, int]:
         """Give the ids of those names that have one; the next names must be greater."""
-        last = sort_key(names[-1])
-        while not self._head or sort_key(next(reversed(self._head))) <= last:
+        last = names[-1].encode()  # as Parquet orders them
+        while not self._head or next(reversed(self._head)).encode() <= last:
             table = next(self._tables, None)
             if table is None:
                 break
             found = dict(zip(table["file_name"].to_pylist(), table["image_id"].to_pylist(), strict=True))
             self._head = {**self._head, **found}
         ids = {name: self._head[name] for name in names if name in self._head}
-        self._head = {name: number for name, number in self._head.items() if sort_key(name) > last}
+        self._head = {name: number for name, number in self._head.items() if name.encode() > last}
         return ids
 
 

@@ -23,7 +23,7 @@ from detpost.runs.coco import match_images, read_annotations
 from detpost.runs.detect import JOURNAL, MAX_PIXELS, Progress, Summary
 from detpost.runs.find_images import FoundImages
 from detpost.runs.merge import made_of, write_whole
-from detpost.runs.parquet import import_pyarrow, sort_key, tables_of
+from detpost.runs.parquet import import_pyarrow, name_of, sort_key, tables_of
 from detpost.runs.parts import Keys, Parts, columns, is_among, key_array, numbered, place_of, settle, sorted_keys
 from detpost.runs.results import PARQUET, check_formats
 from detpost.runs.settings import check_settings, settings_of, with_spec
@@ -295,7 +295,7 @@ def _given_ids(parts: Parts, listing: Listing | None, annotations: str | Path) -
     else:
         files = (import_pyarrow().parquet.ParquetFile(opened()) for opened in parts.opened())
         names = sorted(
-            {name for file in files for each in tables_of(file, ["file_name"]) for name in each[0].to_pylist()}
+            {name_of(text) for file in files for each in tables_of(file, ["file_name"]) for text in each[0].to_pylist()}
         )
     given = match_images(read_annotations(annotations)["images"], names, annotations)
     return {sort_key(name).decode(): number for name, number in given.items()}

@@ -63,16 +63,16 @@ def list_images(sources: Sequence[str | Path] | FoundImages) -> Listing:
         addresses = [str(source) for source in sources if "://" in str(source)]
         if addresses and len(sources) > 1:
             raise ValueError(f"{addresses[0]} is one of {len(sources)} sources: name one folder at a time")
-        if addresses:
-            return _list_address(addresses[0])
-        sources = find_images(sources)
+        place = place_of(addresses[0]) if addresses else None
+        if place is not None and not place.is_local:
+            return _list_address(addresses[0], place)
+        sources = find_images(sources if place is None else [place.path])
     root, names, unread = sources
     keys = [key_of(name, *identity_of(root / name)) for name in names]
     return Listing(place_of(root), names, keys, unread)
 
 
-def _list_address(address: str) -> Listing:
-    place = place_of(address)
+def _list_address(address: str, place: Place) -> Listing:
     found = place.files(recursive=True)
     if not found:
         parent, _, base = place.path.rpartition("/")
@@ -108,12 +108,21 @@ def packed_files(sources: Sequence[str | Path]) -> tuple[str, list[str], Any] | 
     if len(texts) != 1:
         return None
     place = place_of(texts[0])
-    found = [info.path for info in place.files()] if paths == texts else []
+    found = _paths_in(place) if paths == texts else []
     for kind, endings in PACKED.items():
         inside = sorted(path for path in found if path.lower().endswith(endings))
         if inside and not any(posixpath.splitext(path)[1].lower() in SUFFIXES for path in found):
             return kind, inside, place.filesystem
     return None
+
+
+def _paths_in(place: Place) -> list[str]:
+    """List a folder's files."""
+    if not place.is_local:
+        return [info.path for info in place.files()]
+    # pyarrow's own list ends at the first name that is not UTF-8.
+    folder = Path(place.path)
+    return [str(path) for path in folder.iterdir() if path.is_file()] if folder.is_dir() else []
 
 
 class Listed:

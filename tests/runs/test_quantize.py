@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 
 import onnx
 import pytest
@@ -38,6 +41,16 @@ def test_int8_holds_the_loss_and_the_recipe_repeats_it_to_the_bit(tmp_path):
     assert any("measuring with all" in line for line in said)
     again = quantize(tiny_file(), tmp_path / "again.onnx", recipe=made.recipe)
     assert again.written.path.read_bytes() == made.written.path.read_bytes()
+    for seed in "12":  # in another process the order of a set of names is another one
+        command = [sys.executable, "-m", "detpost", "quantize", tiny_file(), "-o", tmp_path / f"{seed}.onnx"]
+        subprocess.run(
+            [str(part) for part in (*command, "--recipe", made.recipe)],
+            check=True,
+            capture_output=True,
+            timeout=300,
+            env=os.environ | {"PYTHONHASHSEED": seed},
+        )
+        assert (tmp_path / f"{seed}.onnx").read_bytes() == made.written.path.read_bytes()
     assert (again.float_nodes, again.weight_nodes) == (made.float_nodes, made.weight_nodes)
     recipe = json.loads(made.recipe.read_text())
     decode = {node.name for node in float_model().graph.node if node.name.startswith("detpost/")}
