@@ -44,7 +44,7 @@ PRESET_HELP = f"How the outputs are decoded: {', '.join(presets())}."
 MODEL_HELP = f"tiny, a transformers directory or hub id, kornia:MODEL, or a file of detpost's ({', '.join(ENDINGS)})."
 SOURCE_HELP = "tiny, a transformers directory or hub id, kornia:MODEL, or post for a bare decode."
 BACKEND_HELP = "What runs a network: eager, compile, onnx, openvino or cudagraph."
-FORMAT_HELP = "coco, jsonl, csv or parquet; may be repeated."
+FORMAT_HELP = "coco, jsonl, csv, parquet or yolo; may be repeated."
 # As detpost.runs.detect.MAX_PIXELS, whose import waits for torch.
 _MAX_PIXELS = 178_956_970
 DRAFT_HELP = "Decode JPEG files at a reduced scale where the network's input is far smaller; results differ a little."

@@ -110,7 +110,8 @@ def detect(
         nms: as :meth:`detpost.Detector.load` takes it.
         formats: ``"coco"`` (``detections.json``, COCO results, and ``images.json``, the images and categories they
             refer to), ``"jsonl"`` (``detections.jsonl``, one image per line), ``"csv"`` (``detections.csv``, one
-            detection per line) and ``"parquet"`` (``detections.parquet``, one image per row).
+            detection per line), ``"parquet"`` (``detections.parquet``, one image per row) and ``"yolo"``
+            (``yolo/labels``, one text file per image).
         draw: whether to write annotated pictures.
         annotations: a COCO annotation file that gives image and category ids; without it images are numbered from 1 in
             sorted order, once and for all, and the category id is the label.

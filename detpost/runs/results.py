@@ -19,6 +19,7 @@ from detpost.boxes import convert
 from detpost.runs.batches import beside_of, names_beside
 from detpost.runs.coco import match_categories
 from detpost.runs.parquet import TableWriter, import_pyarrow, schema, table_of
+from detpost.runs.yolo import YOLO, write_labels
 
 __all__ = [
     "CSV_HEADER",
@@ -33,7 +34,7 @@ __all__ = [
     "replaced",
 ]
 
-FORMATS = ("coco", "jsonl", "csv", "parquet")
+FORMATS = ("coco", "jsonl", "csv", "parquet", YOLO)
 PARQUET = "detections.parquet"
 # Of each detection; which image it is of comes first.
 CSV_HEADER = ("label", "label_name", "score", "x1", "y1", "x2", "y2")
@@ -119,6 +120,10 @@ class Report:
             with replaced(folder / PARQUET) as (file, changed):
                 self._parquet(file)
             paths, written = [*paths, folder / PARQUET], [*written, *changed]
+        if YOLO in formats:
+            self._warn_of_boxes_alone("YOLO text")
+            changed = [write_labels(self._rows(), folder, self.class_names)]
+            paths, written = [*paths, folder / YOLO], [*written, *changed]
         return tuple(paths), any(written)
 
     def _count(self) -> None:
@@ -172,13 +177,16 @@ class Report:
             file.write(json.dumps(image) + "\n")
 
     def _csv(self, file: Any) -> None:
-        if self._beside:
-            left_out = ", ".join(sorted(self._beside))
-            warnings.warn(f"CSV holds boxes and no {left_out}: coco and jsonl hold them", stacklevel=2)
+        self._warn_of_boxes_alone("CSV")
         table = csv.writer(file, lineterminator="\n")
         table.writerow(["image_id", "file_name", *CSV_HEADER])
         for row in self._rows():
             table.writerows([row["image_id"], row["file_name"], *values] for values in csv_rows(row))
+
+    def _warn_of_boxes_alone(self, what: str) -> None:
+        if self._beside:
+            left_out = ", ".join(sorted(self._beside))
+            warnings.warn(f"{what} holds boxes and no {left_out}: coco and jsonl hold them", stacklevel=3)
 
     def _parquet(self, file: Any) -> None:
         table = TableWriter(file, schema(self._known))
