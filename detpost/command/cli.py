@@ -158,6 +158,8 @@ def detect(
 ) -> None:
     """Detect in a folder of any size; an interrupted run goes on where it stopped when started again.
 
+    An image at an http or https address is fetched into the folder of the results first.
+
     A video, a file or the address of a stream, gives a line for each frame; it starts over when started again.
 
     With --engine ray on Ray Data, on this machine or on a cluster: folders, addresses as s3://bucket/photos, Parquet
@@ -208,9 +210,10 @@ def detect(
         from detpost.runs.ray import detect as run
     else:
         from detpost.runs.detect import detect as run
+        from detpost.runs.fetching import fetched
         from detpost.runs.find_images import find_images
 
-        source = find_images(images)
+        source = find_images(fetched(images, out))
         only_local = {**only_local, "stages": seconds.update}
     _quiet_pillow()
     with show.progress("images") as tell, show.resumable(out):

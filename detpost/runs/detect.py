@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from detpost.image_files import blocks_kept
 from detpost.runs.batches import detect_batch
 from detpost.runs.coco import match_images, read_annotations
+from detpost.runs.fetching import fetched
 from detpost.runs.find_images import MARKER, FoundImages, find_images
 from detpost.runs.finishing import Finisher, draw_missing
 from detpost.runs.journal import Journal
@@ -100,7 +101,8 @@ def detect(
     differ in the last place.
 
     Args:
-        images: folders (searched through, hidden entries left out), files and glob patterns, or a :class:`FoundImages`.
+        images: folders (searched through, hidden entries left out), files, glob patterns and addresses of images on web
+            servers, or a :class:`FoundImages`.
         out: folder for the results; made where missing. It may lie within a folder of images.
         model: as :meth:`detpost.Detector.load` takes it.
         backend: as :meth:`detpost.Detector.load` takes it.
@@ -146,7 +148,7 @@ def detect(
     _check_arguments(batch_size, threshold, formats, max_pixels, workers)
     if draft and (draw or tiling is not None):
         raise ValueError(f"draft reads images at a reduced scale: leave out it or {'draw' if draw else 'tiles'}")
-    root, names, unread = images if isinstance(images, FoundImages) else find_images(images)
+    root, names, unread = images if isinstance(images, FoundImages) else find_images(fetched(images, out))
     truth = None if annotations is None else read_annotations(annotations)
     given_ids = None if truth is None else match_images(truth["images"], names, str(annotations))
     folder = Path(out)

@@ -66,13 +66,14 @@ def _write(row: Mapping[str, Any], labels: Path) -> bool:
     # Names out of a dataset's column may lead anywhere.
     steps = [step.replace("\0", "_") for step in row["file_name"].split("/") if step not in ("", ".", "..")]
     name = PurePosixPath(*steps) if steps else PurePosixPath("_")
+    short = str(name.with_suffix(".txt"))
     others = (f"{name}{f'.{number}' if number else ''}.txt" for number in itertools.count())
-    for candidate in itertools.chain([name.with_suffix(".txt")], others):
+    for candidate in itertools.chain([short], others):
         path = labels / candidate
         path.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileExistsError), path.open("x", encoding="utf-8") as file:
             file.writelines(_lines(row))
-            return candidate != name.with_suffix(".txt")
+            return candidate != short
     raise AssertionError("there is always a number more")
 
 
