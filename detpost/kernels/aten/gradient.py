@@ -88,8 +88,12 @@ class _DecodeWithGradient(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         logits, boxes, image_sizes, ctx.spec, _, ctx.back = inputs
-        _, labels, _, queries, valid = output
-        ctx.mark_non_differentiable(labels, queries, valid)
+        scores, labels, corners, queries, valid = output
+        # As where PyTorch finds the derivative: scores are of the logits alone, and corners of the boxes.
+        needed = ctx.needs_input_grad
+        scores_alone = [] if needed[0] else [scores]
+        corners_alone = [] if needed[1] else [corners]
+        ctx.mark_non_differentiable(labels, queries, valid, *scores_alone, *corners_alone)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(logits, boxes, image_sizes, labels, queries, valid)
 

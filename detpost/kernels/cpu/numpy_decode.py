@@ -334,6 +334,7 @@ def _sort_keys(values: Any, indices: Any) -> Any:
     return keys
 
 
+@np.errstate(all="ignore")  # infinite boxes make NaN, as elsewhere
 def _decoded_boxes(boxes: Any, chosen: Any, sizes: Any | None, spec: DecodeSpec) -> Any:
     """Give the corners (B, K, 4) of the chosen boxes."""
     batch, queries = boxes.shape[:2]
@@ -355,5 +356,6 @@ def _decoded_boxes(boxes: Any, chosen: Any, sizes: Any | None, spec: DecodeSpec)
         if sizes is not None:
             np.multiply(corner, limits, out=corner)
         if spec.clip:
-            np.minimum(np.maximum(corner, np.float32(0), out=corner), limits, out=corner)
+            np.copyto(corner, 0, where=corner < 0)  # as torch: a zero keeps its sign
+            np.minimum(corner, limits, out=corner)
     return np.ascontiguousarray(taken.T).reshape(batch, kept, 4)
