@@ -353,10 +353,16 @@ def table_of(title: str, runs: dict[str, list[dict[str, Any]]]) -> Table:
     table = Table(*columns, title=f"held-out {title}, distances in elements")
     for name, results in runs.items():
         last = torch.tensor([result["curve"][-1][1] for result in results])  # (seeds, 5)
-        spread = last.std(0, correction=min(1, len(results) - 1))
-        cells = [f"{m:.3f} ± {s:.3f}" for m, s in zip(last.nanmean(0)[:4], spread[:4], strict=True)]
+        cells = [f"{mean:.3f} ± {deviation:.3f}" for mean, deviation in map(_spread, last[:, :4].T)]
         table.add_row(name, *cells, str(int(last[:, 4].sum())))
     return table
+
+
+def _spread(scores: Tensor) -> tuple[float, float]:
+    """Give mean and deviation (S,) of the seeds that have a distance."""
+    known = scores[~scores.isnan()]
+    deviation = known.std().item() if len(known) > 1 else 0.0
+    return known.mean().item(), deviation
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -368,6 +374,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="at most 20 steps, one seed")
     parser.add_argument("--out", type=Path, default=Path("demo_out/hausdorff"), help="folder for scores.json, plot.png")
     options = parser.parse_args(arguments)
+    for name in ("steps", "seeds"):
+        if (given := getattr(options, name)) is not None and given < 1:
+            parser.error(f"--{name} must be at least 1; got {given}")
     task = TASKS[options.task]()
     steps, seeds = options.steps or task.steps, options.seeds
     if options.quick:

@@ -1,4 +1,5 @@
 import json
+import math
 
 import pytest
 import torch
@@ -6,7 +7,7 @@ import torch
 pytest.importorskip("skimage")
 pytest.importorskip("matplotlib")
 
-from scripts.train_hausdorff import SPLIT, Objective, crops, dice_loss, load_coins, main, objectives, strokes
+from scripts.train_hausdorff import SPLIT, Objective, _spread, crops, dice_loss, load_coins, main, objectives, strokes
 
 
 def test_the_split_cuts_no_coin():
@@ -62,3 +63,16 @@ def test_a_short_run_writes_scores_and_plot(tmp_path, capsys):
     assert set(scores) == set(objectives(2))
     assert (tmp_path / "plot.png").stat().st_size > 10_000
     assert "held-out strokes" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("option", "value"), [("--seeds", "0"), ("--seeds", "-1"), ("--steps", "0")])
+def test_a_count_below_one_is_refused_in_one_line(option, value, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([option, value])
+    assert ended.value.code == 2
+    assert f"{option} must be at least 1; got {value}" in capsys.readouterr().err
+
+
+def test_the_deviation_is_of_the_seeds_that_have_a_distance():
+    assert _spread(torch.tensor([1.0, math.nan, 3.0])) == pytest.approx((2.0, 2**0.5))
+    assert _spread(torch.tensor([5.0])) == (5.0, 0.0)

@@ -119,6 +119,11 @@ class Diagnosis:
     found: tuple[Any, Any] = ((), ())
 
     @property
+    def explains(self) -> str:
+        """What the search is about: the loss; where every detection has its partner, the difference that is left."""
+        return _what(self.changes)
+
+    @property
     def nodes(self) -> tuple[str, ...]:
         """The names of the nodes that explain the loss: what ``quantize --keep`` takes."""
         return tuple(finding.node for finding in self.findings)
@@ -158,12 +163,14 @@ class Diagnosis:
             f"detections: {self.changes.reference} against {self.changes.other}; {counts}",
             f"loss: {self.changes.loss:.4f} of detections without a partner",
         ]
+        if not self.changes.loss:
+            lines.append(f"difference: {self.disagreement:.4f}, of scores and boxes that moved a little")
         if self.selection is not None:
             chosen = self.selection
             share = (
                 ""
                 if chosen.share is None
-                else f"; picked as the reference does, {chosen.share:.0%} of the loss is back"
+                else f"; picked as the reference does, {chosen.share:.0%} of the {self.explains} is back"
             )
             lines.append(
                 f"query selection: permuted alone in {chosen.permuted:.0%} of images (no damage), "
@@ -172,9 +179,11 @@ class Diagnosis:
         for finding in self.findings:
             place = f" in {finding.module}" if finding.module else ""
             why = f": {finding.evidence[0]}" if finding.evidence else ""
-            lines.append(f"{finding.node} ({finding.operator}{place}), {finding.share:.0%} of the loss alone{why}")
+            lines.append(
+                f"{finding.node} ({finding.operator}{place}), {finding.share:.0%} of the {self.explains} alone{why}"
+            )
         if self.findings:
-            lines.append(f"kept float together, they give back {self.explained:.0%} of the loss")
+            lines.append(f"kept float together, they give back {self.explained:.0%} of the {self.explains}")
         return "\n".join([*lines, *(f"- {note}" for note in self.notes)])
 
 
@@ -336,7 +345,8 @@ class _Case:
         if not explainable > WORTH_A_NODE * apart:
             notes = [
                 *notes,
-                "the loss stays when every node that differs is float: it is not in the network's arithmetic",
+                f"the {_what(known['changes'])} stays when every node that differs is float: "
+                "it is not in the network's arithmetic",
             ]
             return Diagnosis(*names, **known, notes=tuple(notes), runs=asked.runs)
         selection = self._selection(apart, explainable)
@@ -350,7 +360,7 @@ class _Case:
                 f"most rounding is added by {first}",
             ]
         elif spread:
-            notes = [*notes, _spread(found, back)]
+            notes = [*notes, _spread(_what(known["changes"]), found, back)]
         findings = () if stopped and len(found) > _MOST_FOUND else self._findings(found, back)
         return Diagnosis(
             *names,
@@ -489,11 +499,15 @@ def _notes_before(known: Mapping[str, Any]) -> list[str]:
     return notes
 
 
-def _spread(found: Sequence[str], back: Callable[[Iterable[str]], float]) -> str:
-    """Say that no small set explains the loss."""
+def _what(changes: Changes) -> str:
+    return "loss" if changes.loss else "difference"
+
+
+def _spread(what: str, found: Sequence[str], back: Callable[[Iterable[str]], float]) -> str:
+    """Say that no small set explains it."""
     if not found:
-        return "the loss is spread: no node alone gives 5 % of it back; see the modules"
-    return f"the loss is spread: the nodes named give {back(found):.0%} of it back together; see the modules"
+        return f"the {what} is spread: no node alone gives 5 % of it back; see the modules"
+    return f"the {what} is spread: the nodes named give {back(found):.0%} of it back together; see the modules"
 
 
 def _path(journal: str | Path | None) -> Path | None:

@@ -70,7 +70,11 @@ def _summary(diagnosis: Diagnosis) -> str:
     ]
     if diagnosis.selection is not None:
         chosen = diagnosis.selection
-        share = "" if chosen.share is None else f" With the reference's queries {chosen.share:.0%} of the loss is back."
+        share = (
+            ""
+            if chosen.share is None
+            else f" With the reference's queries {chosen.share:.0%} of the {diagnosis.explains} is back."
+        )
         rows.append(
             (
                 "query selection",
@@ -97,8 +101,8 @@ def _findings(diagnosis: Diagnosis) -> str:
     ]
     head = ("node", "operator", "module", "alone", "needed", "what is seen")
     text = (
-        f"Kept float, these {len(rows)} nodes give {diagnosis.explained:.0%} of the loss back. <em>Alone</em>: what "
-        "one gives back by itself. <em>Needed</em>: what is lost again without it."
+        f"Kept float, these {len(rows)} nodes give {diagnosis.explained:.0%} of the {diagnosis.explains} back. "
+        "<em>Alone</em>: what one gives back by itself. <em>Needed</em>: what is lost again without it."
     )
     return f"<h2>Where it came from</h2><p>{text}</p>{_table(head, rows, numbers=(3, 4))}"
 

@@ -112,6 +112,28 @@ def test_only_what_is_asked_for_is_computed(needed, kernel, monkeypatch):
 
 
 @pytest.mark.parametrize("kernel", ["native", "numpy"])
+@pytest.mark.parametrize("needed", ["logits", "boxes"])
+def test_of_one_input_the_outputs_of_the_other_have_no_gradient_and_a_second_one_is_found(needed, kernel, monkeypatch):
+    monkeypatch.setenv("DETPOST_KERNEL", kernel)
+    found = []
+    for decode in (by_dispatch, reference_decode):
+        logits, boxes = (
+            value.detach().nan_to_num().requires_grad_(name == needed)
+            for name, value in zip(("logits", "boxes"), leaves(0), strict=True)
+        )
+        kept = decode(logits, boxes, torch.tensor([[30, 50], [70, 20]]), DecodeSpec(top_k=5))
+        assert [kept.scores.requires_grad, kept.boxes.requires_grad] == [needed == "logits", needed == "boxes"]
+        leaf = logits if needed == "logits" else boxes
+        (once,) = torch.autograd.grad(
+            kept.scores.square().sum() + (kept.boxes / 10).square().sum(), leaf, create_graph=True
+        )
+        found.append((once, *torch.autograd.grad(once.square().sum(), leaf)))
+    for value, other in zip(*found, strict=True):
+        assert other.any()
+        torch.testing.assert_close(value, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kernel", ["native", "numpy"])
 def test_gradients_may_be_views(kernel, monkeypatch):
     monkeypatch.setenv("DETPOST_KERNEL", kernel)
     wide, boxes, mixed = torch.randn(2, 11, 12), torch.rand(2, 11, 4), torch.rand(5, 3)

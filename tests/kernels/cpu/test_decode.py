@@ -1,5 +1,7 @@
 """The decode in C++ and in NumPy, held to the plain PyTorch form."""
 
+import warnings
+
 import pytest
 import torch
 
@@ -111,3 +113,22 @@ def test_operators_keep_their_contract_with_the_compiler(shape):
             (logits, boxes, sizes, 7, True, False, -1, 0, True, 0.5),
             test_utils=tuple(test),
         )
+
+
+@pytest.mark.parametrize("kernel", ["native", "numpy"])
+@pytest.mark.parametrize("box_format", ["xyxy", "xywh", "cxcywh"])
+@pytest.mark.parametrize("sizes", [None, torch.tensor([[10, 20]])], ids=["units", "pixels"])
+def test_odd_boxes_are_clipped_as_by_definition_signs_of_zeros_too(kernel, box_format, sizes, forced):
+    numbers = torch.tensor([0.0, -0.0, 0.5, -1.5, 3.0, torch.inf, -torch.inf, torch.nan, 1e38, -1e-30])
+    boxes = torch.cartesian_prod(*[numbers] * 4)[None]
+    logits = torch.linspace(3, -3, boxes.shape[1])[None, :, None]
+    spec = DecodeSpec(top_k=boxes.shape[1], box_format=box_format, clip=True)
+    forced("aten")
+    expected = DetectionPostProcessor(spec)(logits, boxes, sizes).boxes
+    forced(kernel)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = DetectionPostProcessor(spec)(logits, boxes, sizes).boxes
+    assert torch.equal(found.nan_to_num(nan=-7), expected.nan_to_num(nan=-7))
+    numbers = ~expected.isnan()
+    assert torch.equal(found.signbit()[numbers], expected.signbit()[numbers])
