@@ -7,6 +7,7 @@ import platform
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -257,7 +258,10 @@ class Preprocessing:
         width: of the network input, pixels.
         scale: factor from 0..255 to the network's range.
         mean: subtracted from each channel after scaling.
-        std: divides each channel afterwards.
+        std: divides each channel afterwards; above 0.
+
+    Raises:
+        ValueError: a mean that is not finite, or a deviation that is not above 0.
     """
 
     height: int
@@ -265,6 +269,13 @@ class Preprocessing:
     scale: float = 1 / 255
     mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
     std: tuple[float, float, float] = (1.0, 1.0, 1.0)
+
+    def __post_init__(self) -> None:
+        """Refuse what no pixel could be normalised with."""
+        if not all(map(isfinite, self.mean)):
+            raise ValueError(f"mean must hold finite numbers; got {self.mean}")
+        if not all(isfinite(value) and value > 0 for value in self.std):
+            raise ValueError(f"std must hold finite numbers above 0; got {self.std}")
 
     def __call__(self, images: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Prepare a batch.

@@ -1,6 +1,7 @@
 """Images come out right whatever they are."""
 
 import io
+import math
 
 import numpy as np
 import pytest
@@ -190,6 +191,20 @@ def test_the_source_is_not_shared_with_the_result():
     before = image.clone()
     source[:] = 0
     assert torch.equal(image, before)
+
+
+@pytest.mark.parametrize(
+    ("fields", "pattern"),
+    [
+        ({"std": (0.0, 0.0, 0.0)}, r"std must hold finite numbers above 0; got \(0.0, 0.0, 0.0\)"),
+        ({"std": (1.0, -1.0, 1.0)}, "std must hold finite numbers above 0"),
+        ({"std": (1.0, math.nan, 1.0)}, "std must hold finite numbers above 0"),
+        ({"mean": (0.0, math.inf, 0.0)}, "mean must hold finite numbers"),
+    ],
+)
+def test_what_no_pixel_could_be_normalised_with_is_refused(fields, pattern):
+    with pytest.raises(ValueError, match=pattern):
+        Preprocessing(4, 10, **fields)
 
 
 def test_preprocessing_gives_the_size_of_each_original():

@@ -712,6 +712,14 @@ def _heads(
     boxes: str | None = None,
 ) -> tuple[Any, ...] | None:
     """Give what is asked for beside boxes, ``None`` where nothing is."""
+    for option, given, needed, wanted in (
+        ("--mask-style", style != "rfdetr", "--masks", masks is not None),
+        ("--mask-source", mask is not None, "--masks", masks is not None),
+        ("--keypoint-source", points is not None, "--keypoints", keypoints is not None),
+        ("--oriented-source", boxes is not None, "--oriented", oriented),
+    ):
+        if given and not wanted:
+            raise ValueError(f"{option} goes with {needed}: give that too, or leave it out")
     if masks is None and keypoints is None and not oriented and not others:
         return None
     from detpost.export.heads import KeypointHead, MaskHead, OrientedHead, head_named

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 from detpost.export.artifact import describe, finish, recorded_metadata
 from detpost.export.beside import class_names_of
+from detpost.export.choices import check_choices
 from detpost.export.decode_graph import OLDEST_OPSET, Ties, decode_graph
 from detpost.export.feed import find_image_input, record_feed, recorded_preprocessing, stated_preprocessing
 from detpost.export.front_graph import (
@@ -30,7 +31,7 @@ from detpost.export.surgery import cut_behind, free_name, rename_values, take_sh
 from detpost.export.weights import read_onnx
 from detpost.export.written import WrittenFile
 from detpost.images import Preprocessing
-from detpost.spec import DecodeSpec, presets_like
+from detpost.spec import DecodeSpec, presets, presets_like
 
 if TYPE_CHECKING:
     import onnx
@@ -103,8 +104,8 @@ def attach(
     Raises:
         ImportError: onnx is missing; the message names the extra.
         OSError: a source that is missing or not an ONNX file.
-        ValueError: raw values that are missing or ambiguous, or of another kind than ``spec`` says; the message lists
-            what the file has.
+        ValueError: an option that is none of its choices; raw values that are missing or ambiguous, or of another kind
+            than ``spec`` says; the message lists what the file has.
 
     Example:
         >>> from tempfile import TemporaryDirectory
@@ -122,6 +123,7 @@ def attach(
         >>> made.inputs, made.outputs
         (('features', 'points', 'image_sizes'), ('labels', 'boxes', 'scores', 'valid'))
     """
+    check_choices({"ties": (ties, get_args(Ties)), "preset": (preset, (None, *presets()))})
     say = progress or (lambda _: None)
     layout = layout_of(io) if resize_inside is None else without_sizes(layout_of(io))
     say("reading the source")

@@ -72,7 +72,8 @@ def decode_graph(
         The checked model.
 
     Raises:
-        ValueError: a layout that needs ``input_size``, which is ``None``; heads that do not fit, or opset 11 with them.
+        ValueError: a layout that needs ``input_size``, which is ``None``, or has names that the rest needs; heads that
+            do not fit, or opset 11 with them.
     """
     layout = layout_of(io)
     if heads and opset < HEADS_OPSET:
@@ -81,6 +82,7 @@ def decode_graph(
         raise ValueError(
             f"io {layout.name!r} gives boxes in pixels of the network's input, whose size is not known: say image_size"
         )
+    _check_names(layout, queries, heads)
     decode = _Decode(Graph(opset, prefix), spec, num_queries, num_classes, ties, layout, input_size)
     g = decode.g
     found = decode.found(_widened(g, "pred_logits", dtypes[0], (num_queries, num_classes)))
@@ -93,6 +95,18 @@ def decode_graph(
     g.rename(values)
     g.drop_unused([*outputs, *(name for raw in heads for name in output_names(raw.head))])
     return _model(decode, outputs, dtypes, "batch" if dynamic_batch else 1, heads)
+
+
+def _check_names(layout: Layout, queries: bool, heads: Sequence[RawHead]) -> None:
+    """Refuse a layout that gives its own outputs or sizes a name of what is asked for beside it."""
+    needed = {name for raw in heads for name in (raw_name(raw.head), *output_names(raw.head))}
+    if queries and layout.outputs.get("queries") != "queries":
+        needed |= {"queries"}
+    twice = sorted(needed & {*layout.outputs, layout.sizes})
+    if twice:
+        raise ValueError(
+            f"io {layout.name!r} has the name {twice[0]!r}, which is asked for beside it: name its own otherwise"
+        )
 
 
 class _Found(NamedTuple):

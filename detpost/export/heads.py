@@ -107,7 +107,12 @@ class KeypointHead:
         if self.per_class is not None:
             from detpost.heads.keypoints import RFDETRKeypoints
 
-            object.__setattr__(self, "per_class", tuple(self.per_class))
+            given: Any = self.per_class
+            if not isinstance(given, (tuple, list)):
+                raise ValueError(f"per_class must hold a whole number for each class, as 0,17; got {given!r}")
+            if not isinstance(self.trace_alpha, (int, float)):
+                raise ValueError(f"trace_alpha must be a number, at least 0; got {self.trace_alpha!r}")
+            object.__setattr__(self, "per_class", tuple(given))
             RFDETRKeypoints(self.per_class, self.trace_alpha)
 
 
@@ -128,8 +133,9 @@ class OrientedHead:
 
     def __post_init__(self) -> None:
         """Refuse what the eager head refuses."""
-        if not math.isfinite(self.angle_scale) or self.angle_scale == 0:
-            raise ValueError(f"angle_scale must be a number other than 0; got {self.angle_scale}")
+        scale: Any = self.angle_scale
+        if not isinstance(scale, (int, float)) or not math.isfinite(scale) or scale == 0:
+            raise ValueError(f"angle_scale must be a number other than 0; got {scale!r}")
 
 
 Head = MaskHead | KeypointHead | OrientedHead

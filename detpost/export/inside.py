@@ -24,7 +24,7 @@ from detpost.spec import DecodeSpec
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["InnerValues", "find_inner_values", "values_in_tail"]
+__all__ = ["InnerValues", "are_normalised", "find_inner_values", "values_in_tail"]
 
 Array = np.ndarray[Any, Any]
 
@@ -183,7 +183,7 @@ class _Search:
                     table = _label_table(reading, decoded, tolerance)
                     if table is None:
                         break
-                    scales = self.scales[:1] if _are_normalised(reading.boxes) else self.scales[1:]
+                    scales = self.scales[:1] if are_normalised(reading.boxes) else self.scales[1:]
                     if any(_agree(reading, decoded, table, scale, clipped, tolerance) for scale in scales):
                         notes = self._notes(reading, selection, table)
                         return InnerValues(logits_name, boxes_name, logits, boxes, notes)
@@ -213,7 +213,7 @@ class _Search:
         return tuple(notes)
 
 
-def _are_normalised(boxes: Array) -> bool:
+def are_normalised(boxes: Array) -> bool:
     """Tell boxes of an image of size 1 from boxes in pixels."""
     return bool(np.median(np.abs(boxes).max(axis=1)) <= _LARGEST_NORMALISED)
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from math import isfinite
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from torch import Tensor
 from detpost import boxes as box_arithmetic
 from detpost.boxes import BoxFormat
 from detpost.detections import INVALID, Detections
+from detpost.export.choices import check_choices
 from detpost.export.runner_files import deepstream_files, frigate_files, ultralytics_properties
 
 __all__ = ["LAYOUTS", "NO_QUERIES", "PARTS", "Layout", "layout_of", "recorded_layout"]
@@ -39,6 +41,8 @@ PARTS = {
 NO_LOGIT = -1e4
 LEAST_LOGIT = -5e3
 
+SizesOrder = Literal["hw", "wh"]
+LabelDtype = Literal["int64", "int32"]
 Channels = tuple[float, float, float]
 Pixels = Literal["one scale"] | tuple[Channels, Channels] | None
 Files = Callable[[Path, Mapping[str, Any]], Mapping[str, str]]
@@ -55,7 +59,7 @@ class Layout:
             side in the last dimension as float32: ``("boxes", "scores", "labels")`` is (B, K, 6).
         sizes: name of an input with the size of each image, (B, 2) int64, for boxes in pixels of the image; ``None``
             for boxes in pixels of the network's input.
-        sizes_order: whether that input is (height, width) or (width, height).
+        sizes_order: whether that input is (height, width), ``"hw"``, or (width, height), ``"wh"``.
         box_format: of the boxes.
         normalised: whether boxes are of an image of size 1, and need no sizes.
         label_dtype: of labels that stand alone.
@@ -67,7 +71,8 @@ class Layout:
         properties: of a file's metadata, makes what the runner looks for among an ONNX file's properties.
 
     Raises:
-        ValueError: an output that holds something unknown, or none of the parts that make a detection.
+        ValueError: an output that holds something unknown, none of the parts that make a detection, names that collide,
+            or a field that is none of its choices.
 
     Example:
         >>> Layout("mine", {"rows": ("labels", "scores", "boxes")}, box_format="xywh").columns("rows")
@@ -77,10 +82,10 @@ class Layout:
     name: str
     outputs: Mapping[str, str | tuple[str, ...]]
     sizes: str | None = None
-    sizes_order: Literal["hw", "wh"] = "hw"
+    sizes_order: SizesOrder = "hw"
     box_format: BoxFormat = "xyxy"
     normalised: bool = False
-    label_dtype: Literal["int64", "int32"] = "int64"
+    label_dtype: LabelDtype = "int64"
     empty_label: int = INVALID.label
     pixels: Pixels = None
     files: Files | None = field(default=None, compare=False)
@@ -88,6 +93,20 @@ class Layout:
 
     def __post_init__(self) -> None:
         """Refuse what no file could be written or read by."""
+        self._check_outputs()
+        self._check_names()
+        choices = {"sizes_order": SizesOrder, "box_format": BoxFormat, "label_dtype": LabelDtype}
+        check_choices({field: (getattr(self, field), get_args(kind)) for field, kind in choices.items()}, self.name)
+        check_choices({"normalised": (self.normalised, (True, False))}, self.name)
+        if type(self.empty_label) is not int or not -_MOST_LABEL <= self.empty_label <= _MOST_LABEL:
+            raise ValueError(f"empty_label of {self.name} must be a whole number of int32; got {self.empty_label!r}")
+        if self.pixels not in (None, "one scale") and not _are_channels(self.pixels):
+            raise ValueError(
+                f"pixels of {self.name} must be None, 'one scale', or three means and three deviations above 0; "
+                f"got {self.pixels!r}"
+            )
+
+    def _check_outputs(self) -> None:
         held = [part for parts in self.outputs.values() for part in _several(parts)]
         unknown = [part for part in held if part not in PARTS]
         wide = [p for parts in self.outputs.values() if len(_several(parts)) > 1 for p in parts if p in _ALONE]
@@ -98,6 +117,19 @@ class Layout:
             )
         if "boxes" not in held or not ({"scores", "labels"} <= {*held} or "class_logits" in held):
             raise ValueError(f"{self.name} needs outputs with boxes, and scores and labels or class_logits")
+
+    def _check_names(self) -> None:
+        names = (*self.outputs, *(() if self.sizes is None else (self.sizes,)))
+        empty = [name for name in names if not isinstance(name, str) or not name]
+        if empty:
+            raise ValueError(f"outputs and sizes of {self.name} need names that are not empty; got {empty[0]!r}")
+        if self.sizes in self.outputs:
+            raise ValueError(f"sizes of {self.name} has the name of an output, {self.sizes!r}: take another")
+        taken = [name for name in names if name in _TAKEN]
+        if taken:
+            raise ValueError(
+                f"{self.name} cannot name an output or sizes {taken[0]!r}, a name of the raw values or images"
+            )
 
     def columns(self, output: str) -> int:
         """Count the columns of an output in which several parts stand side by side.
@@ -181,6 +213,19 @@ class Layout:
 
 # Neither has one number a slot, nor numbers that float32 is for.
 _ALONE = ("class_logits", "count")
+# Inputs of the decode and of the networks that are exported.
+_TAKEN = ("pred_logits", "pred_boxes", "images")
+_MOST_LABEL = torch.iinfo(torch.int32).max
+
+
+def _are_channels(pixels: Any) -> bool:
+    """Tell whether these are a mean and a deviation for each channel."""
+    if not isinstance(pixels, (tuple, list)) or len(pixels) != 2:
+        return False
+    if not all(isinstance(values, (tuple, list)) and len(values) == 3 for values in pixels):
+        return False
+    numbers = [value for values in pixels for value in values]
+    return all(isinstance(value, (int, float)) and isfinite(value) for value in numbers) and min(pixels[1]) > 0
 
 
 def _several(parts: str | tuple[str, ...] | list[str]) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from detpost.export.artifact import describe, finish
 from detpost.export.attachment import attach_graph
+from detpost.export.choices import check_choices
 from detpost.export.decode_graph import OLDEST_OPSET, Ties, decode_graph
 from detpost.export.front_graph import (
     RESIZE_OPSET,
@@ -214,13 +215,13 @@ def to_onnx(
 
 
 def _check_choices(ties: str, exporter: str, opset: int | None, preprocess_inside: bool | str) -> None:
-    for name, value, allowed in (
-        ("preprocess_inside", preprocess_inside, (False, True, "scale", "full")),
-        ("ties", ties, get_args(Ties)),
-        ("exporter", exporter, get_args(Exporter)),
-    ):
-        if value not in allowed:
-            raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}; got {value!r}")
+    check_choices(
+        {
+            "preprocess_inside": (preprocess_inside, (False, True, "scale", "full")),
+            "ties": (ties, get_args(Ties)),
+            "exporter": (exporter, get_args(Exporter)),
+        }
+    )
     if opset is not None and opset < OLDEST_OPSET:
         raise ValueError(f"opset must be {OLDEST_OPSET} or later; got {opset}")
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from detpost.export.artifact import describe
+from detpost.export.choices import check_choices
 from detpost.export.files import replace_when_whole
 from detpost.export.layouts import layout_of
 from detpost.export.onnx import Progress
@@ -94,8 +95,7 @@ def package(
         ('pred_logits', 'pred_boxes', 'image_sizes')
     """
     path = Path(path)
-    if kind not in get_args(Kind):
-        raise ValueError(f"kind must be one of {', '.join(get_args(Kind))}; got {kind!r}")
+    check_choices({"kind": (kind, get_args(Kind))})
     if path.suffix != ".pt2":
         raise ValueError(f"path must end in .pt2; got {path.name!r}")
     say = progress or (lambda _: None)

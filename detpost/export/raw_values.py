@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from detpost.export.graph import import_onnx
-from detpost.export.inside import find_inner_values, values_in_tail
+from detpost.export.inside import are_normalised, find_inner_values, values_in_tail
 from detpost.export.runtime import onnx_values
 from detpost.export.source import first_line
 from detpost.export.surgery import held_values, true_inputs, value_names
@@ -86,9 +86,10 @@ def find_raw_values(
 ) -> tuple[RawValues, list[str]]:
     """Find the values that post-processing starts from.
 
-    Names that are given are taken as they are. Else outputs of fitting shapes are taken, unless they come out of an
-    activation. Else the model has post-processing of its own: the values that it starts from are looked for by running
-    the model, and those are taken whose decode gives the model's own detections.
+    Names that are given are taken as they are. Else outputs of fitting shapes are taken, unless logits come out of an
+    activation or boxes of an image of noise are in pixels. Else the model has post-processing of its own: the values
+    that it starts from are looked for by running the model, and those are taken whose decode gives the model's own
+    detections.
 
     Args:
         model: the detector.
@@ -118,7 +119,13 @@ def find_raw_values(
         return _inside(model, spec, tail, names, folder, known, error)
     activation = tail.activation_of(found.logits)
     if activation is None:
-        return found, _said(found)
+        if "boxes" in names or not _are_in_pixels(model, found.boxes, folder):
+            return found, _said(found)
+        reason = ValueError(
+            f"{found.boxes} looks like boxes in pixels, and they must be of an image of size 1: name the value before "
+            f"their scaling with --boxes (--list shows what there is), or {found.boxes} to take it all the same"
+        )
+        return _inside(model, spec, tail, names, folder, known, reason)
     if "logits" in names:
         warning = f"{found.logits} comes out of {activation}: logits must be what goes into it"
         return found, [*_said(found), warning]
@@ -194,6 +201,15 @@ def _inside(
     dtypes = tuple(_TORCH[str(value.dtype)] for value in (found.logits, found.boxes))
     raw = RawValues(found.logits_name, found.boxes_name, logits, boxes, (dtypes[0], dtypes[1]))
     return raw, [*_said(raw), *found.notes]
+
+
+def _are_in_pixels(model: onnx.ModelProto, boxes: str, folder: Path | None) -> bool:
+    """Tell whether boxes of an image of noise are far out of an image of size 1; not so where no runtime says it."""
+    try:
+        value = onnx_values(model, [boxes], folder)[boxes]
+    except (ImportError, ValueError):
+        return False
+    return value.size > 0 and not are_normalised(value.reshape(-1, 4))
 
 
 def _by_shape(known: Mapping[str, tuple[Shape, torch.dtype]], logits: str | None, boxes: str | None) -> RawValues:

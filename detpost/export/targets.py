@@ -95,14 +95,15 @@ def folder_name(model: Any) -> str:
         model: what was exported.
 
     Returns:
-        Letters, digits, ``_``, ``-`` and ``.`` alone.
+        Letters, digits, ``_``, ``-`` and ``.`` alone, a letter or digit first.
 
     Example:
         >>> folder_name("kornia:rtdetr_r18vd@best.safetensors"), folder_name("PekingU/rtdetr_r50vd")
         ('rtdetr_r18vd', 'rtdetr_r50vd')
     """
-    if not isinstance(model, (str, Path)):
-        return type(model).__name__.lower()
-    named = re.fullmatch(r"\w+:([^@]+)(@.*)?", str(model))
-    plain = Path(named[1] if named else str(model)).resolve().name
-    return re.sub(r"[^A-Za-z0-9_.-]", "_", plain).strip(".") or "detector"
+    if isinstance(model, (str, Path)):
+        named = re.fullmatch(r"\w+:([^@]+)(@.*)?", str(model))
+        plain = Path(named[1] if named else str(model)).resolve().name
+    else:
+        plain = type(model).__name__.lower()
+    return re.sub(r"[^A-Za-z0-9_.-]", "_", plain).lstrip("._-").rstrip(".") or "detector"

@@ -22,7 +22,7 @@ from detpost.spec import DecodeSpec
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["NOT_PARSED", "check_parser", "shape_profiles", "to_tensorrt", "write_build_files"]
+__all__ = ["NOT_PARSED", "check_options", "check_parser", "shape_profiles", "to_tensorrt", "write_build_files"]
 
 NOT_PARSED = frozenset(
     {"BitShift", "ConcatFromSequence", "ConvInteger", "Det", "DynamicQuantizeLinear", "MatMulInteger", "MaxRoiPool"}
@@ -34,6 +34,7 @@ NOT_PARSED = frozenset(
 
 _DECODE = "detpost/"
 _HALVES = {"float16", "bfloat16"}
+_K_LIMIT = 3840  # of TopK, by onnx-tensorrt's docs/operators.md
 _FREE_SIDE = 640  # of images whose size is free, in the profiles
 
 
@@ -73,11 +74,7 @@ def to_tensorrt(
     """
     if max_batch < 1:
         raise ValueError(f"max_batch must be at least 1; got {max_batch}")
-    if options.get("ties", "exact") != "exact":
-        raise ValueError("TensorRT's TopK says nothing of equal scores: take ties='exact'")
-    resize = options.get("resize")
-    if options.get("preprocess_inside") == "full" and (resize is None or resize.antialias):
-        raise ValueError("TensorRT's parser takes no antialiased Resize: take --no-antialias, or resize before it")
+    check_options(options)
     folder = Path(out)
     path = folder / "model.onnx"
     written = to_onnx(model, path, spec, progress=progress, **options)
@@ -87,6 +84,22 @@ def to_tensorrt(
     return replace(written, beside=(*files, *written.beside))
 
 
+def check_options(options: Mapping[str, Any]) -> None:
+    """Refuse options of an export that TensorRT has no equal for, before anything is written.
+
+    Args:
+        options: of :func:`detpost.export.to_onnx`.
+
+    Raises:
+        ValueError: one of them; the message says what to take.
+    """
+    if options.get("ties", "exact") != "exact":
+        raise ValueError("TensorRT's TopK says nothing of equal scores: take ties='exact'")
+    resize = options.get("resize")
+    if options.get("preprocess_inside") == "full" and (resize is None or resize.antialias):
+        raise ValueError("TensorRT's parser takes no antialiased Resize: take --no-antialias, or resize before it")
+
+
 def check_parser(model: onnx.ModelProto) -> None:
     """Hold a graph to what TensorRT's parser takes, and its decode to float32.
 
@@ -94,7 +107,7 @@ def check_parser(model: onnx.ModelProto) -> None:
         model: the graph.
 
     Raises:
-        ValueError: an operator that it does not take, or a decode in half precision.
+        ValueError: an operator or a TopK's k that it does not take, or a decode in half precision.
     """
     foreign = sorted({node.domain for node in model.graph.node} - {"", "ai.onnx"})
     if foreign:
@@ -107,8 +120,28 @@ def check_parser(model: onnx.ModelProto) -> None:
     # Strongly typed, an engine computes in the types that the graph says: what is float32 here stays float32.
     halves = {operator for operator, dtypes in inventory(model, _DECODE).items() if dtypes & _HALVES}
     lines += [f"{operator} of the decode is in half precision" for operator in sorted(halves - {"Cast", "Reshape"})]
+    lines += _wide_top_k(model)
     if lines:
         raise ValueError(f"TensorRT's parser does not take the graph: {'; '.join(lines)}")
+
+
+def _wide_top_k(model: onnx.ModelProto) -> list[str]:
+    """Say which TopK has a k that is known and too great: of several in the decode, one line for each k."""
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    for node in model.graph.node:
+        if node.op_type == "Constant":
+            constants |= {name: entry.t for name in node.output for entry in node.attribute if entry.name == "value"}
+    lines = []
+    for node in model.graph.node:
+        # A number that lies in another file is none of an exporter's that would name it k.
+        if node.op_type != "TopK" or node.input[1] not in constants or constants[node.input[1]].external_data:
+            continue
+        k = int(import_onnx().numpy_helper.to_array(constants[node.input[1]]).item())
+        if k >= _K_LIMIT:
+            decode = node.name.startswith(_DECODE)
+            fix = f"take top_k below {_K_LIMIT}" if decode else f"{node.name or 'the network'} needs k below {_K_LIMIT}"
+            lines.append(f"TopK of k {k}: {fix}")
+    return list(dict.fromkeys(lines))
 
 
 def shape_profiles(model: onnx.ModelProto, max_batch: int) -> dict[str, tuple[list[int], list[int], list[int]]]:

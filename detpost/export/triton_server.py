@@ -7,6 +7,7 @@ OpenVINO backend, its tutorial on ONNX files.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -14,13 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from detpost.export.artifact import read_metadata
+from detpost.export.choices import check_choices
 from detpost.export.files import replace_when_whole
 from detpost.export.front_graph import RESIZE_OPSET, Resize, put_resize_in_front
 from detpost.export.graph import import_onnx
 from detpost.export.layouts import recorded_layout
 from detpost.export.onnx import to_onnx
 from detpost.export.targets import folder_name
-from detpost.export.tensorrt import check_parser, write_build_files
+from detpost.export.tensorrt import check_options, check_parser, write_build_files
 from detpost.export.written import WrittenFile
 from detpost.images import Preprocessing
 from detpost.spec import DecodeSpec
@@ -72,7 +74,8 @@ def to_triton(
         model: as :func:`detpost.export.to_onnx` takes it.
         out: the repository; other models in it are left alone.
         spec: as :func:`detpost.export.to_onnx` takes it.
-        name: of the model; made of what ``model`` is called otherwise.
+        name: of the model, a letter or digit and then these, ``_``, ``-`` and ``.``; made of what ``model`` is called
+            otherwise.
         backend: what runs the file: ``"onnx"``; ``"openvino"``, which reads the same file; or ``"tensorrt"``, whose
             plan is built from it on the server's own GPU by the script that is written beside.
         max_batch: most images that the server puts into one batch.
@@ -98,8 +101,11 @@ def to_triton(
         ...     [path.name for path in written.beside]
         ['config.pbtxt']
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
+    check_choices({"backend": (backend, tuple(BACKENDS))})
+    named = folder_name(model) if name is None else name
+    # It is a folder in the repository, and a string in configurations.
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", named):
+        raise ValueError(f"name must be a letter or digit, then letters, digits, _, - and .; got {named!r}")
     if max_batch < 1:
         raise ValueError(f"max_batch must be at least 1; got {max_batch}")
     inside = options.get("preprocess_inside")
@@ -108,7 +114,10 @@ def to_triton(
             "an ensemble resizes in a model of its own, by stretching to one size: leave preprocess_inside, "
             "dynamic_size and letterbox out"
         )
-    named = name or folder_name(model)
+    if backend == "tensorrt":
+        check_options({**options, "resize": resize})
+    if backend == "openvino" and options.get("ties", "exact") != "exact":
+        raise ValueError("OpenVINO's TopK of an .onnx file is not stable: take ties='exact'")
     folder = Path(out) / named
     front: dict[str, Any] = {"resize": resize} if resize is not None and not ensemble else {}
     path = folder / "1" / "model.onnx"

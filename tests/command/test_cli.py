@@ -123,6 +123,29 @@ def test_a_mean_that_is_not_three_numbers_is_refused(tmp_path, given):
     assert f"--mean must be three numbers with commas between them; got '{given}'" in str(refused.exception)
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (
+            ["--std", "0,0,0", "--preprocess-inside", "full"],
+            "std must hold finite numbers above 0; got (0.0, 0.0, 0.0)",
+        ),
+        (["--std", "0,0,0"], "std must hold finite numbers above 0"),
+        (["--mask-source", "x"], "--mask-source goes with --masks: give that too, or leave it out"),
+        (["--mask-style", "dfine_seg"], "--mask-style goes with --masks"),
+        (["--keypoint-source", "x"], "--keypoint-source goes with --keypoints"),
+        (["--oriented-source", "x"], "--oriented-source goes with --oriented"),
+        (["--head", "oriented_boxes:angle_scale=x"], "angle_scale must be a number other than 0; got 'x'"),
+        (["--ties", "nope"], "ties must be one of exact, onnx; got 'nope'"),
+    ],
+)
+def test_attach_refuses_what_would_do_nothing_or_harm(tmp_path, options, words):
+    refused = invoke("attach", written(tmp_path, foreign()), "-o", tmp_path / "out.onnx", *options)
+    assert isinstance(refused.exception, ValueError)
+    assert words in str(refused.exception)
+    assert not (tmp_path / "out.onnx").exists()
+
+
 def test_preprocess_inside_takes_a_value_or_none(tmp_path):
     decode = ("export", "post", "--num-queries", "5", "--num-classes", "3", "--preprocess-inside")
     assert invoke(*decode, "-o", str(tmp_path / "a.onnx")).exit_code == 0

@@ -14,7 +14,7 @@ from detpost import DecodeSpec, DetectionPostProcessor
 from detpost.export import attach
 from detpost.verify import verify
 from detpost.verify.compare import raw_cases
-from tests.export.foreign import C, Q, assert_decodes_its_own_raw_outputs, foreign, images_and_sizes, run, written
+from tests.export.foreign import SIDE, C, Q, assert_decodes_its_own_raw_outputs, foreign, images_and_sizes, run, written
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -139,6 +139,28 @@ def test_ambiguous_outputs_are_listed(tmp_path):
     assert "\n" not in str(error.value)
     assert not (tmp_path / "out.onnx").exists()
     assert attach(source, tmp_path / "out.onnx", logits="a").outputs
+
+
+def test_what_is_none_of_the_choices_is_refused(tmp_path):
+    source = written(tmp_path, foreign())
+    with pytest.raises(ValueError, match="ties must be one of exact, onnx; got 'nope'"):
+        attach(source, tmp_path / "out.onnx", ties="nope")
+    with pytest.raises(ValueError, match=r"preset must be one of None, rtdetr, .*; got 'nope'"):
+        attach(source, tmp_path / "out.onnx", DecodeSpec(), preset="nope")
+    assert not (tmp_path / "out.onnx").exists()
+
+
+def test_boxes_in_pixels_are_not_decoded_twice(tmp_path):
+    model = foreign(boxes="of_one")
+    model.graph.initializer.append(numpy_helper.from_array(np.full(4, SIDE, np.float32), "side"))
+    model.graph.node.append(helper.make_node("Mul", ["of_one", "side"], ["pred_boxes"]))
+    model.graph.output[1].name = "pred_boxes"
+    source = written(tmp_path, model)
+    with pytest.raises(ValueError, match=r"pred_boxes looks like boxes in pixels.*with --boxes"):
+        attach(source, tmp_path / "out.onnx")
+    for boxes in ("of_one", "pred_boxes"):
+        attach(source, tmp_path / "out.onnx", boxes=boxes, keep_raw=True)
+        assert_decodes_its_own_raw_outputs(tmp_path / "out.onnx", 2, DecodeSpec())
 
 
 def test_missing_outputs_are_listed(tmp_path):

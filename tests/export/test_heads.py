@@ -387,6 +387,14 @@ def test_a_head_by_its_words():
         heads.head_named("depth")
     with pytest.raises(ValueError, match="masks has no field 'scale': it has size, style, source"):
         heads.head_named("masks:scale=2")
+    for text, words in (
+        ("oriented_boxes:angle_scale=x", "angle_scale must be a number other than 0; got 'x'"),
+        ("keypoints:per_class=17", "per_class must hold a whole number for each class, as 0,17; got 17"),
+        ("keypoints:per_class=x", "per_class must hold a whole number for each class, as 0,17; got 'x'"),
+        ("keypoints:per_class=0,17:trace_alpha=x", "trace_alpha must be a number, at least 0; got 'x'"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            heads.head_named(text)
 
 
 def test_a_head_is_a_row_of_the_table(tmp_path, monkeypatch):

@@ -207,6 +207,50 @@ class TestUsersOwn:
         with pytest.raises(ValueError, match=words):
             Layout("mine", outputs)
 
+    @pytest.mark.parametrize(
+        ("fields", "words"),
+        [
+            ({"sizes_order": "zz"}, "sizes_order of mine must be one of hw, wh; got 'zz'"),
+            ({"box_format": "nope"}, "box_format of mine must be one of .*xyxy.*; got 'nope'"),
+            ({"label_dtype": "int8"}, "label_dtype of mine must be one of int64, int32; got 'int8'"),
+            ({"normalised": "yes"}, "normalised of mine must be one of True, False; got 'yes'"),
+            ({"empty_label": 1.5}, "empty_label of mine must be a whole number of int32; got 1.5"),
+            ({"empty_label": 2**40}, "empty_label of mine must be a whole number of int32"),
+            ({"pixels": "two"}, "pixels of mine must be None, 'one scale', or three means .*; got 'two'"),
+            ({"pixels": ((0, 0, 0), (1, 0, 1))}, "three deviations above 0"),
+            ({"pixels": ((0, 0), (1, 1, 1))}, "pixels of mine must be"),
+            ({"pixels": ((0, 0, "0"), (1, 1, 1))}, "pixels of mine must be"),
+            ({"pixels": ((0, 0, 0), (1, 1, float("inf")))}, "pixels of mine must be"),
+            ({"pixels": (0, (1, 1, 1))}, "pixels of mine must be"),
+            ({"pixels": 3}, "pixels of mine must be"),
+            ({"sizes": "rows"}, "sizes of mine has the name of an output, 'rows'"),
+            ({"sizes": "pred_boxes"}, "mine cannot name an output or sizes 'pred_boxes'"),
+            ({"sizes": "images"}, "mine cannot name an output or sizes 'images'"),
+            ({"sizes": ""}, "need names that are not empty; got ''"),
+            (
+                {"outputs": {"pred_logits": ("labels", "scores", "boxes")}},
+                "cannot name an output or sizes 'pred_logits'",
+            ),
+        ],
+    )
+    def test_a_field_that_is_none_of_its_choices_is_refused(self, fields, words):
+        with pytest.raises(ValueError, match=words):
+            Layout(**{"name": "mine", "outputs": {"rows": ("labels", "scores", "boxes")}, **fields})
+
+    @pytest.mark.parametrize(
+        ("layout", "options", "name"),
+        [
+            (Layout("mine", {"queries": ("labels", "scores", "boxes")}), {"queries": True}, "queries"),
+            (Layout("mine", {"masks": ("labels", "scores", "boxes")}), {"masks": "network"}, "masks"),
+            (Layout("mine", {"rows": ("labels", "scores", "boxes")}, "pred_masks"), {"masks": "network"}, "pred_masks"),
+        ],
+    )
+    def test_a_name_that_is_asked_for_beside_it_is_refused(self, tmp_path, layout, options, name):
+        post = DetectionPostProcessor(DecodeSpec())
+        size = {"num_queries": 20, "num_classes": 5, "image_size": (64, 64)}
+        with pytest.raises(ValueError, match=f"io 'mine' has the name '{name}', which is asked for beside it"):
+            to_onnx(post, tmp_path / "x.onnx", io=layout, **options, **size)
+
     def test_an_unknown_name_is_refused(self, tmp_path):
         with pytest.raises(ValueError, match="io must be one of detpost, rtdetr, efficientnms, deepstream"):
             to_onnx("tiny", tmp_path / "x.onnx", io="deepstram")

@@ -56,6 +56,39 @@ def test_planted_graphs_are_refused(folder, tmp_path):
             check_parser(model)
 
 
+@pytest.mark.parametrize(("top_k", "taken"), [(3839, True), (3840, False), (5000, False)])
+@pytest.mark.parametrize("ties", ["exact", "onnx"])
+def test_a_top_k_is_below_the_parsers_limit(top_k, taken, ties):
+    from detpost.export.decode_graph import decode_graph
+
+    model = decode_graph(DecodeSpec(top_k=top_k), 1300, 5, opset=17, ties=ties)
+    if taken:
+        check_parser(model)
+        return
+    with pytest.raises(ValueError, match=f"does not take the graph: TopK of k {top_k}: take top_k below 3840$"):
+        check_parser(model)
+
+
+@pytest.mark.parametrize(("k", "named"), [(4000, "network/TopK"), (300, "")])
+def test_a_top_k_of_the_network_is_named(k, named):
+    helper, kinds = onnx.helper, onnx.TensorProto
+    number = helper.make_tensor("number", kinds.INT64, [1], [k])
+    nodes = [
+        helper.make_node("Constant", [], ["k"], value=number),
+        helper.make_node("TopK", ["x", "k"], ["y", "places"], name="network/TopK"),
+        helper.make_node("TopK", ["x", "free"], ["z", "others"], name="network/free"),
+    ]
+    inputs = [("x", kinds.FLOAT, [1, 5000]), ("free", kinds.INT64, [1])]
+    outputs = [("y", kinds.FLOAT, [1, k])]
+    values = [[helper.make_tensor_value_info(*value) for value in each] for each in (inputs, outputs)]
+    model = helper.make_model(helper.make_graph(nodes, "planted", *values))
+    if not named:
+        check_parser(model)
+        return
+    with pytest.raises(ValueError, match=f"TopK of k {k}: {named} needs k below 3840$"):
+        check_parser(model)
+
+
 def test_the_build_command_has_a_profile_for_each_free_input(folder, tmp_path):
     text = (folder / "build.sh").read_text()
     assert "--stronglyTyped" in text

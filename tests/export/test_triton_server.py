@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from typer.testing import CliRunner
 from detpost import DetectionPostProcessor, Detector
 from detpost.command.cli import app
 from detpost.export.shipped import triton_client
+from detpost.export.targets import folder_name
 from detpost.export.triton_server import to_triton
 from detpost.zoo import SAMPLES
 
@@ -175,12 +177,32 @@ def test_an_ensembles_resize_is_the_detectors_own(repository):
         (["--for", "triton", "--ensemble", "--letterbox"], "by stretching"),
         (["--for", "triton", "--ensemble", "--static-batch"], "an ensemble takes a free batch size"),
         (["--name", "other"], "name go with --for"),
+        (["--for", "triton", "--name", "../x"], "name must be a letter or digit, .*; got '../x'"),
+        (["--for", "triton", "--name", "a b"], "name must be a letter or digit, .*; got 'a b'"),
+        (["--for", "triton", "--name", ".x"], "name must be a letter or digit"),
+        (["--for", "triton", "--name", ""], "name must be a letter or digit, .*; got ''"),
+        (["--for", "triton", "--backend", "tensorrt", "--ties", "onnx"], "TensorRT's TopK says nothing of equal"),
+        (["--for", "triton", "--backend", "tensorrt", "--preprocess-inside", "full"], "no antialiased Resize"),
+        (["--for", "triton", "--backend", "openvino", "--ties", "onnx"], "OpenVINO's TopK .* take ties='exact'"),
     ],
 )
 def test_what_does_not_fit_is_one_line(options, said, tmp_path):
     done = CliRunner().invoke(app, ["export", "tiny", "-o", str(tmp_path / "out.onnx"), *options])
     assert isinstance(done.exception, ValueError)
-    assert said in str(done.exception)
+    assert re.search(said, str(done.exception))
+
+
+def test_nothing_is_written_beside_the_repository(tmp_path):
+    post = DetectionPostProcessor.from_preset("rtdetr", top_k=5)
+    for name in ("../x", "a/b", "/x", "x\n"):
+        with pytest.raises(ValueError, match="name must be a letter or digit"):
+            to_triton(post, tmp_path / "repository", name=name, num_queries=8, num_classes=3)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("model", ["_own.pt", "-x.onnx", "..hidden", "été", "a b.pt", type("_Own", (), {})()])
+def test_a_models_own_name_is_one_that_the_repository_takes(model):
+    assert re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", folder_name(model))
 
 
 def test_an_image_that_lies_on_its_side_is_turned(repository, tmp_path):
