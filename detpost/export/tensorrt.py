@@ -22,7 +22,15 @@ from detpost.spec import DecodeSpec
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["NOT_PARSED", "check_options", "check_parser", "shape_profiles", "to_tensorrt", "write_build_files"]
+__all__ = [
+    "NOT_PARSED",
+    "check_options",
+    "check_parser",
+    "parsed",
+    "shape_profiles",
+    "to_tensorrt",
+    "write_build_files",
+]
 
 NOT_PARSED = frozenset(
     {"BitShift", "ConcatFromSequence", "ConvInteger", "Det", "DynamicQuantizeLinear", "MatMulInteger", "MaxRoiPool"}
@@ -78,8 +86,7 @@ def to_tensorrt(
     folder = Path(out)
     path = folder / "model.onnx"
     written = to_onnx(model, path, spec, progress=progress, **options)
-    proto = import_onnx().load(path, load_external_data=False)
-    check_parser(proto)
+    proto = parsed(path)
     files = write_build_files(proto, path, folder, max_batch, folder / "model.plan")
     return replace(written, beside=(*files, *written.beside))
 
@@ -98,6 +105,27 @@ def check_options(options: Mapping[str, Any]) -> None:
     resize = options.get("resize")
     if options.get("preprocess_inside") == "full" and (resize is None or resize.antialias):
         raise ValueError("TensorRT's parser takes no antialiased Resize: take --no-antialias, or resize before it")
+
+
+def parsed(path: Path) -> onnx.ModelProto:
+    """Read a file that was just written, as :func:`check_parser` holds it; one that is refused does not stay.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The graph, without weights that lie beside it.
+
+    Raises:
+        ValueError: as :func:`check_parser`.
+    """
+    model: onnx.ModelProto = import_onnx().load(path, load_external_data=False)
+    try:
+        check_parser(model)
+    except ValueError:
+        path.unlink()
+        raise
+    return model
 
 
 def check_parser(model: onnx.ModelProto) -> None:

@@ -22,7 +22,7 @@ from detpost.export.graph import import_onnx
 from detpost.export.layouts import recorded_layout
 from detpost.export.onnx import to_onnx
 from detpost.export.targets import folder_name
-from detpost.export.tensorrt import check_options, check_parser, write_build_files
+from detpost.export.tensorrt import check_options, parsed, write_build_files
 from detpost.export.written import WrittenFile
 from detpost.images import Preprocessing
 from detpost.spec import DecodeSpec
@@ -122,10 +122,8 @@ def to_triton(
     front: dict[str, Any] = {"resize": resize} if resize is not None and not ensemble else {}
     path = folder / "1" / "model.onnx"
     written = to_onnx(model, path, spec, progress=progress, **front, **options)
-    proto = import_onnx().load(path, load_external_data=False)
+    proto = parsed(path) if backend == "tensorrt" else import_onnx().load(path, load_external_data=False)
     metadata = read_metadata({entry.key: entry.value for entry in proto.metadata_props}, path)
-    if backend == "tensorrt":
-        check_parser(proto)
     files = {folder / "config.pbtxt": model_config(proto, named, backend, max_batch)}
     if ensemble:
         files |= _ensemble(proto, metadata, Path(out), named, max_batch, resize or Resize())

@@ -16,6 +16,7 @@ from detpost.export import to_onnx
 from detpost.export.operators import missing
 from detpost.export.shipped import build_engine
 from detpost.export.tensorrt import check_parser, shape_profiles, to_tensorrt
+from detpost.export.triton_server import to_triton
 
 onnx = pytest.importorskip("onnx")
 
@@ -54,6 +55,15 @@ def test_planted_graphs_are_refused(folder, tmp_path):
         model = helper.make_model(helper.make_graph([node], "planted", values[:1], values[1:]))
         with pytest.raises(ValueError, match=said):
             check_parser(model)
+
+
+def test_a_graph_that_is_refused_does_not_stay(tmp_path):
+    post = DetectionPostProcessor.from_preset("rtdetr", top_k=5000)
+    with pytest.raises(ValueError, match="take top_k below 3840"):
+        to_tensorrt(post, tmp_path, num_queries=300, num_classes=80)
+    with pytest.raises(ValueError, match="take top_k below 3840"):
+        to_triton(post, tmp_path, backend="tensorrt", num_queries=300, num_classes=80)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
 @pytest.mark.parametrize(("top_k", "taken"), [(3839, True), (3840, False), (5000, False)])
