@@ -14,7 +14,7 @@ import torch
 from typer.testing import CliRunner
 
 from detpost import DecodeSpec, DetectionPostProcessor
-from detpost.command.cli import app
+from detpost.command.cli import app, main
 from detpost.detections import clear_invalid
 from detpost.verify.conformance import conform
 from detpost.verify.conformance.cases import all_cases
@@ -26,6 +26,10 @@ from detpost.verify.conformance.report import _expected
 def decode_as_detpost(inputs):
     post = DetectionPostProcessor(DecodeSpec(**json.loads(inputs["spec"])))
     return post(*(torch.from_numpy(inputs[name]) for name in ("pred_logits", "pred_boxes", "image_sizes")))
+
+
+def parts_of(inputs, place):
+    return {name: part[place] for name, part in decode_as_detpost(inputs)._asdict().items()}
 
 
 def changed(inputs, **spec):
@@ -177,6 +181,31 @@ def test_what_no_fault_explains_is_shown_by_its_first_slot():
     assert "image 0, slot 0: boxes (" in str(report)
 
 
+def test_a_runner_may_work_in_place():
+    """As RT-DETR's own decode does: it is judged by the numbers that it was given."""
+
+    def runner(inputs):
+        found = decode_as_detpost({**inputs, "pred_boxes": inputs["pred_boxes"].copy()})
+        inputs["pred_boxes"][..., 2:] += inputs["pred_boxes"][..., :2]
+        inputs["pred_logits"][:] = 0
+        inputs["image_sizes"][:] = 1
+        return found
+
+    assert conform(runner, "rtdetr").ok
+    assert conform(decode_as_detpost, "rtdetr").ok
+
+
+def test_no_slots_are_a_wrong_count():
+    def runner(inputs):
+        return parts_of(inputs, (slice(None), slice(0)))
+
+    report = conform(runner, "rtdetr")
+    assert not report.ok
+    assert not report.differences
+    assert "0 slots, where 300 are asked for" in str(report)
+    assert all(report.shares[part] == 0 for part in report.shares)
+
+
 def test_missing_slots_are_wrong_slots():
     def runner(inputs):
         return decode_as_detpost(changed(inputs, top_k=10))
@@ -194,6 +223,10 @@ def test_missing_slots_are_wrong_slots():
         (lambda inputs: {"labels": 1}, "no boxes in its answer"),
         (lambda inputs: decode_as_detpost(inputs)._replace(boxes=torch.zeros(1, 2, 3)), "its boxes must have shape"),
         (lambda inputs: {**decode_as_detpost(inputs)._asdict(), "scores": [["a"]]}, "its scores are no numbers"),
+        (lambda inputs: parts_of(inputs, 0), "its labels must have shape (B, K), B ="),
+        (lambda inputs: parts_of(inputs, (0, slice(1))), "its labels must have shape (B, K), B ="),
+        (lambda inputs: sys.exit(3), "it called sys.exit(3)"),
+        (lambda inputs: sys.exit(), "it called sys.exit()"),
     ],
 )
 def test_a_runner_without_an_answer_fails_the_case_in_a_line(give: Callable, said):
@@ -250,6 +283,29 @@ def test_a_runner_that_is_not_there_is_one_line(monkeypatch):
         conform("no-such-program --flag")
     with pytest.raises(ValueError, match="must be a command"):
         conform("")
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("def decode(:\n", "SyntaxError: "),
+        ("1 / 0\n", "ZeroDivisionError: division by zero"),
+        ("import no_such_module_inside\n", "ModuleNotFoundError: No module named 'no_such_module_inside'"),
+        ("raise RuntimeError('one line\\nand another')\n", "RuntimeError: one line and another"),
+        ("import sys\nsys.exit(3)\n", "it called sys.exit(3)"),
+    ],
+)
+def test_a_module_that_cannot_be_imported_is_one_line_and_status_two(source, said, tmp_path, monkeypatch, capsys):
+    name = f"decode_{abs(hash(source))}"
+    (tmp_path / f"{name}.py").write_text(source)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["detpost", "conform", f"{name}:decode"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith(f"error: the module {name} cannot be imported, mend that first: {said}")
 
 
 def test_a_fault_leaves_alone_what_it_does_not_concern():

@@ -58,11 +58,14 @@ class Case:
     image_sizes: Array
 
     def inputs(self) -> dict[str, Any]:
-        """Give what a runner gets: three arrays, and the spec as JSON."""
+        """Give what a runner gets: three arrays, and the spec as JSON.
+
+        The arrays are copies: many decodes convert boxes in place, and the case is judged by its own afterwards.
+        """
         return {
-            "pred_logits": self.logits,
-            "pred_boxes": self.boxes,
-            "image_sizes": self.image_sizes,
+            "pred_logits": self.logits.copy(),
+            "pred_boxes": self.boxes.copy(),
+            "image_sizes": self.image_sizes.copy(),
             "spec": json.dumps(asdict(self.spec)),
         }
 

@@ -64,7 +64,8 @@ def _queries_of(answer: Answer, decoded: Decoded, case: Case) -> Array:
 
 def _boxes_agree(given: Array, expected: Array, case: Case) -> Array:
     side = case.image_sizes.max(axis=1).astype(np.float64)
-    tolerance = BOX_TOLERANCE * np.where(np.abs(expected).max(axis=tuple(range(1, expected.ndim))) < 4, 1.0, side)
+    largest = np.abs(expected).max(axis=tuple(range(1, expected.ndim)), initial=0)  # of no slots at all, too
+    tolerance = BOX_TOLERANCE * np.where(largest < 4, 1.0, side)
     tolerance = tolerance.reshape(-1, *(1,) * (max(given.ndim, expected.ndim) - 1))
     with np.errstate(invalid="ignore"):
         return np.asarray((np.abs(given - expected) <= tolerance).all(axis=-1))

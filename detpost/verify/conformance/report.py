@@ -154,7 +154,7 @@ def conform(
 
     Raises:
         ValueError: an unknown preset, or a command that is not there.
-        ImportError: a module or function that is not there.
+        ImportError: a module or function that is not there, or a module that cannot be imported.
     """
     run = _open(runner)
     cases = all_cases(preset)

@@ -63,7 +63,7 @@ def open_runner(name: str) -> Runner:
 
     Raises:
         ValueError: an empty name, or a command that is not there.
-        ImportError: a module or a function that is not there.
+        ImportError: a module or a function that is not there, or a module that cannot be imported.
 
     Example:
         >>> open_runner("no_such_module:decode")
@@ -86,8 +86,10 @@ def _import(name: str) -> Callable[..., Any]:
         found: Any = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is None or not (module_name + ".").startswith(error.name + "."):
-            raise  # a module that the runner's own imports miss
+            raise _not_importable(module_name, error) from error  # a module that the runner's own imports miss
         raise ImportError(f"no module {module_name} for the runner {name}: is its folder the current one?") from None
+    except (Exception, SystemExit) as error:  # whatever the module does as it is imported
+        raise _not_importable(module_name, error) from error
     for part in attribute.split("."):
         if not hasattr(found, part):
             raise ImportError(f"the module {module_name} has no {attribute}, which the runner {name} names")
@@ -97,12 +99,24 @@ def _import(name: str) -> Callable[..., Any]:
     return found  # type: ignore[no-any-return]
 
 
+def _not_importable(module_name: str, error: BaseException) -> ImportError:
+    why = _one_line(_what_it_raised(error))
+    return ImportError(f"the module {module_name} cannot be imported, mend that first: {why}")
+
+
+def _what_it_raised(error: BaseException) -> str:
+    if isinstance(error, SystemExit):
+        return f"it called sys.exit({'' if error.code is None else repr(error.code)})"
+    return f"{type(error).__name__}: {error}"
+
+
 def function_runner(function: Callable[..., Any]) -> Runner:
     """Give the runner that a Python function is; see :func:`open_runner` for what it takes."""
 
     def answer(case: Case) -> Answer:
         try:
-            given = {**case.inputs(), "spec": _Text(case.inputs()["spec"])}
+            given = case.inputs()
+            given = {**given, "spec": _Text(given["spec"])}
             takes = _parameters(function)
             if len(takes) == 2 and not set(takes) & set(given):
                 return _by_files(case, lambda path, made: function(str(path), str(made)))
@@ -112,8 +126,8 @@ def function_runner(function: Callable[..., Any]) -> Runner:
                 found = function(given) if len(takes) == 1 else function(*given.values())
         except RunnerError:
             raise
-        except Exception as error:
-            raise RunnerError(_one_line(f"{type(error).__name__}: {error}")) from error
+        except (Exception, SystemExit) as error:  # an exit would end the run without its report
+            raise RunnerError(_one_line(_what_it_raised(error))) from error
         return _read_answer(found, case)
 
     return answer
@@ -180,11 +194,12 @@ def _read_answer(found: Any, case: Case) -> Answer:
     arrays = {part: _numbers(part, found[part]) for part in PARTS}
     if found.get("queries") is not None:
         arrays["queries"] = _numbers("queries", found["queries"])
-    shape = (len(case.logits), *arrays["labels"].shape[1:2])
+    labels, batch = arrays["labels"], len(case.logits)
+    slots = labels.shape[1] if labels.ndim == 2 else None  # without a batch dimension there is no K to go by
     for part, value in arrays.items():
-        if value.shape != ((*shape, 4) if part == "boxes" else shape):
+        if value.shape != ((batch, slots, 4) if part == "boxes" else (batch, slots)):
             expected = "(B, K, 4)" if part == "boxes" else "(B, K)"
-            raise RunnerError(f"its {part} must have shape {expected}, B = {shape[0]}; they have {value.shape}")
+            raise RunnerError(f"its {part} must have shape {expected}, B = {batch}; they have {value.shape}")
     return Answer(**arrays)
 
 
