@@ -19,8 +19,10 @@ from detpost.detections import clear_invalid
 from detpost.verify.conformance import conform
 from detpost.verify.conformance.cases import all_cases
 from detpost.verify.conformance.faults import FAULTS
+from detpost.verify.conformance.judge import shares
 from detpost.verify.conformance.plan import decode, plan_of
 from detpost.verify.conformance.report import _expected
+from detpost.verify.conformance.runner import Answer
 
 
 def decode_as_detpost(inputs):
@@ -94,6 +96,57 @@ def wrong_score(inputs):
     return found._replace(scores=found.scores.half().float())
 
 
+def wrong_last_size(inputs):
+    sizes = inputs["image_sizes"]
+    return decode_as_detpost({**inputs, "image_sizes": np.repeat(sizes[-1:], len(sizes), axis=0)})
+
+
+def wrong_way_round(inputs):
+    return {name: part.flip(1) for name, part in decode_as_detpost(inputs)._asdict().items()}
+
+
+def wrong_box_of_slot(inputs):
+    """Slot i has the box of query i: where no queries are given, that is what its query is told by."""
+    found = decode_as_detpost(inputs)._asdict()
+    slots = torch.arange(found["labels"].shape[1]) % inputs["pred_boxes"].shape[1]
+    boxes = torch.where(found["valid"][..., None], every_box(inputs)[:, slots], 0)
+    return {**{name: part for name, part in found.items() if name != "queries"}, "boxes": boxes}
+
+
+def wrong_modulo(inputs):
+    """Take flat indices apart as index % Q, which is in no list of faults."""
+    found = decode_as_detpost(inputs)
+    _, queries, classes = inputs["pred_logits"].shape
+    taken = torch.where(found.valid, (found.queries * classes + found.labels) % queries, 0)
+    boxes = every_box(inputs).gather(1, taken[..., None].expand(-1, -1, 4))
+    return {**found._asdict(), "boxes": torch.where(found.valid[..., None], boxes, 0), "queries": None}
+
+
+def wrong_clamp(inputs):
+    return decode_as_detpost({**inputs, "pred_logits": inputs["pred_logits"].clip(-10, 10)})
+
+
+def wrong_temperature(inputs):
+    return decode_as_detpost({**inputs, "pred_logits": inputs["pred_logits"] / 2})
+
+
+def wrong_labels_sorted(inputs):
+    """Sort what is found by label."""
+    found = decode_as_detpost(inputs)._asdict()
+    order = found["labels"].sort(dim=1, stable=True).indices
+    return {
+        name: part.gather(1, order.reshape(*order.shape, *(1,) * (part.ndim - 2)).expand_as(part))
+        for name, part in found.items()
+    }
+
+
+def every_box(inputs):
+    """Decode the boxes of all queries of RT-DETR's family."""
+    center, size = torch.from_numpy(inputs["pred_boxes"]).split(2, dim=-1)
+    scale = torch.from_numpy(inputs["image_sizes"]).flip(1).repeat(1, 2)[:, None]
+    return torch.cat([center - size / 2, center + size / 2], dim=-1) * scale
+
+
 @pytest.mark.parametrize("case", all_cases(), ids=lambda case: case.name)
 def test_the_plan_without_faults_is_the_definition(case):
     expected, found = _expected(case), decode(plan_of(case), case)
@@ -135,6 +188,10 @@ def test_every_choice_of_a_field_meets_every_choice_of_the_others():
     [
         (wrong_size, "rtdetr", "width-height"),
         (wrong_first_size, "rfdetr", "first-size"),
+        (wrong_last_size, "rtdetr", "last-size"),
+        (wrong_way_round, "rtdetr", "reversed"),
+        (wrong_way_round, "detr", "reversed"),
+        (wrong_box_of_slot, "rtdetr", "box-of-slot"),
         (wrong_argmax, "rtdetr", "argmax"),
         (wrong_label, "detr", "label-minus-one"),
         (wrong_activation, "detr", "sigmoid"),
@@ -151,6 +208,7 @@ def test_a_wrong_runner_is_told_what_it_does(runner, preset, name):
     assert not report.ok
     assert [difference.name for difference in report.differences] == [name]
     assert all(case.explained for case in report.cases)
+    assert set(report.differences[0].cases) == {case.name for case in report.cases if not case.ok}
     assert next(fault.words for fault in FAULTS if fault.name == name) in str(report)
 
 
@@ -160,6 +218,48 @@ def test_two_faults_at_once_are_both_named():
 
     report = conform(runner, "rtdetr")
     assert {difference.name for difference in report.differences} == {"argmax", "width-height"}
+
+
+@pytest.mark.parametrize(
+    ("runner", "preset", "agreeing"),
+    [
+        (wrong_clamp, None, 48),
+        (wrong_clamp, "rtdetr", 9),
+        (wrong_modulo, "rtdetr", 1),
+        (wrong_temperature, "rtdetr", 1),
+        (wrong_labels_sorted, "rtdetr", 1),
+    ],
+)
+def test_what_is_no_fault_of_the_list_is_not_named_as_one(runner, preset, agreeing):
+    """That a fault comes near an answer in a few cases, by chance, is no reason to name it."""
+    report = conform(runner, preset)
+    assert sum(case.ok for case in report.cases) == agreeing
+    assert not report.differences, report
+    assert [case.name for case in report.cases if not case.explained] == [c.name for c in report.cases if not c.ok]
+
+
+def test_a_fault_is_named_beside_what_is_not_explained():
+    def runner(inputs):
+        return wrong_clamp(changed(inputs, selection="per_query"))
+
+    report = conform(runner, "rtdetr")
+    assert [difference.name for difference in report.differences] == ["argmax"]
+    assert {case.name for case in report.cases if not case.explained} == {
+        "rtdetr: saturated",
+        "rtdetr: NaN and infinities",
+    }
+
+
+def test_ties_excuse_no_slot_that_has_the_detection_that_is_expected():
+    """A fault that moves every box is not undone by "no fixed order", which lets tied slots have boxes of their own."""
+    by_name = {fault.name: fault.change for fault in FAULTS}
+    case = next(case for case in all_cases("rtdetr") if case.name.endswith("plain"))
+    plan = by_name["no-order-of-ties"](by_name["box-of-slot"](plan_of(case)))
+    given = decode_as_detpost(case.inputs())
+    answer = Answer(*(getattr(given, part).numpy() for part in ("labels", "boxes", "scores", "valid", "queries")))
+    found = shares(answer, decode(plan, case), plan, case)
+    assert found["labels"] == 1
+    assert found["boxes"] < 0.2
 
 
 def test_faults_go_together_in_any_order():

@@ -48,6 +48,7 @@ FAULTS = (
         _always(sizes_read="width, height"),
     ),
     Fault("first-size", "the first image's size is used for the whole batch", _always(sizes="first")),
+    Fault("last-size", "the last image's size is used for the whole batch", _always(sizes="last")),
     Fault("normalised", "boxes are left in units of the image, where pixels are asked for", _always(sizes="none")),
     Fault(
         "argmax",
@@ -125,6 +126,7 @@ FAULTS = (
     Fault("nan-valid", "NaN logits are selected ahead of numbers, and valid", _always(nan="first, valid")),
     Fault("nan-zero", "NaN logits are taken for 0", _always(nan="zero")),
     Fault("not-sorted", "detections come in the order of their queries, not of their scores", _always(is_sorted=False)),
+    Fault("reversed", "detections come the other way round, the lowest score first", _always(is_reversed=True)),
     Fault(
         "not-cleared",
         "slots that are not valid keep their detection (they read score 0, label -1, box 0 0 0 0)",

@@ -41,11 +41,15 @@ def right_slots(answer: Answer, decoded: Decoded, plan: Plan, case: Case) -> Map
     scores = np.isclose(answer.scores[:, :count], decoded.scores[:, :count], 0, SCORE_TOLERANCE, equal_nan=True)
     queries, labels = _queries_of(answer, decoded, case)[:, :count], answer.labels[:, :count]
     boxes = _boxes_agree(answer.boxes[:, :count], decoded.boxes[:, :count], case)
-    same_query, same_label = queries == decoded.queries[:, :count], labels == decoded.labels[:, :count]
+    expected_queries = _expected_queries(answer, decoded, plan, case)[:, :count]
+    same_query, same_label = queries == expected_queries, labels == decoded.labels[:, :count]
     if plan.ties == "any":
         tied = _is_tied(queries, labels - plan.label_shift, decoded, plan, count) & decoded.valid[:, :count]
-        own_boxes = decoded.every_box[np.arange(len(queries))[:, None], np.clip(queries, 0, case.boxes.shape[1] - 1)]
-        boxes = boxes | (tied & _boxes_agree(answer.boxes[:, :count], own_boxes, case))
+        tied = tied & ~(same_query & same_label)  # a slot with the detection that is expected has its box to give
+        if plan.box_of == "query":
+            rows = np.arange(len(queries))[:, None]
+            own_boxes = decoded.every_box[rows, np.clip(queries, 0, case.boxes.shape[1] - 1)]
+            boxes = boxes | (tied & _boxes_agree(answer.boxes[:, :count], own_boxes, case))
         same_query, same_label = same_query | tied, same_label | tied
     if plan.invalid == "anything":
         free = valid & ~decoded.valid[:, :count]
@@ -60,6 +64,14 @@ def _queries_of(answer: Answer, decoded: Decoded, case: Case) -> Array:
     near = _boxes_agree(answer.boxes[:, :, None], decoded.every_box[:, None], case)  # (B, K, Q)
     found = np.where(near.any(axis=-1), near.argmax(axis=-1), -1)
     return np.where(answer.valid, found, -1)
+
+
+def _expected_queries(answer: Answer, decoded: Decoded, plan: Plan, case: Case) -> Array:
+    """Give the query that each slot is to have (B, K), or where it is told by its box, that whose box it is to have."""
+    if answer.queries is not None or plan.box_of == "query":
+        return decoded.queries
+    slots = np.arange(decoded.queries.shape[1]) % case.boxes.shape[1]
+    return np.where(decoded.queries >= 0, slots, -1)
 
 
 def _boxes_agree(given: Array, expected: Array, case: Case) -> Array:

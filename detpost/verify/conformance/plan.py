@@ -28,7 +28,7 @@ class Plan:
     slots: int
     keeps_threshold: bool = False  # whether a score equal to the threshold is kept
     softmax_over: Literal["all", "foreground"] = "all"
-    sizes: Literal["own", "first", "none"] = "own"
+    sizes: Literal["own", "first", "last", "none"] = "own"
     sizes_read: Literal["height, width", "width, height"] = "height, width"
     written: Literal["xyxy", "xywh", "cxcywh"] = "xyxy"
     label_shift: int = 0
@@ -39,6 +39,7 @@ class Plan:
     ties: Literal["lower", "higher", "any"] = "lower"
     nan: Literal["last", "first", "first, valid", "zero"] = "last"
     is_sorted: bool = True
+    is_reversed: bool = False  # whether what is kept comes the other way round
     invalid: Literal["cleared", "left", "anything"] = "cleared"
     score_dtype: Literal["float32", "float16"] = "float32"
 
@@ -164,6 +165,8 @@ def _select(plan: Plan, logits: Array, keys: Array, is_background: Array) -> tup
     kept = ~np.take_along_axis(barred, chosen, 1) & (is_number | (plan.nan == "first, valid"))
     if plan.most == "queries":
         kept = kept & (np.arange(kept.shape[1]) < logits.shape[1])
+    if plan.is_reversed:
+        chosen, kept = chosen[:, ::-1], kept[:, ::-1]
     if plan.selection == "per_query":
         return chosen, np.take_along_axis(best[..., 0], chosen, 1), kept
     if plan.pairs == "class, query":
@@ -187,7 +190,12 @@ def _boxes(plan: Plan, case: Case) -> Array:
     low = first - second / 2 if plan.box_format == "cxcywh" else first
     corners = boxes if plan.box_format == "xyxy" else np.concatenate([low, low + second], -1)
     sizes = case.image_sizes.astype(np.float64)
-    sizes = {"own": sizes, "first": np.broadcast_to(sizes[:1], sizes.shape), "none": np.ones_like(sizes)}[plan.sizes]
+    sizes = {
+        "own": sizes,
+        "first": np.broadcast_to(sizes[:1], sizes.shape),
+        "last": np.broadcast_to(sizes[-1:], sizes.shape),
+        "none": np.ones_like(sizes),
+    }[plan.sizes]
     width_first = sizes if plan.sizes_read == "width, height" else sizes[:, ::-1]
     scale = np.tile(width_first, 2)[:, None]
     corners = corners * scale

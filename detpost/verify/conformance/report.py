@@ -58,7 +58,7 @@ class Difference:
     Args:
         name: for machines, as ``"argmax"``.
         words: for people.
-        cases: names of the cases whose answer it changes.
+        cases: names of the cases that do not agree, and that it explains, or explains better.
     """
 
     name: str
@@ -182,6 +182,11 @@ class _Trial:
         self.case, self.answer = case, answer
         self._tried: dict[Plan, float] = {}
 
+    @property
+    def ok(self) -> bool:
+        """Whether the answer agrees as it is."""
+        return self.agreement(()) == 1
+
     def agreement(self, faults: Sequence[Fault]) -> float:
         """Give the mean agreement of the parts; 1 only where all agree."""
         plan = reduce(lambda changed, fault: fault.change(changed), faults, plan_of(self.case))
@@ -252,12 +257,42 @@ def _explain(trials: Sequence[_Trial]) -> list[Fault]:
         if gained < best + LEAST_GAIN / len(trials):
             break
         best, chosen = gained, [*chosen, FAULTS[-place]]
-    # What came first may be part of what came later: "any order of ties" covers "the higher index first".
-    for fault in list(chosen):
-        others = [other for other in chosen if other is not fault]
-        if _mean_agreement(trials, others) >= best:
-            chosen = others
-    return chosen
+    return _justified(trials, chosen)
+
+
+def _justified(trials: Sequence[_Trial], chosen: Sequence[Fault]) -> list[Fault]:
+    """Leave out what is near an answer by chance, or is part of what came later: one by one, the least missed first.
+
+    "Any order of ties" covers "the higher index first".
+    """
+    kept = list(chosen)
+    while kept and not all(_is_needed(trials, kept, fault) for fault in kept):
+        kept = max((_without(kept, fault) for fault in kept), key=lambda others: _worth(trials, others))
+    return kept
+
+
+def _is_needed(trials: Sequence[_Trial], faults: Sequence[Fault], fault: Fault) -> bool:
+    """Tell whether a fault, with the rest, is true: of most answers that it bears on, it explains what was left open.
+
+    What is near by chance in some cases is further away in others: there, and in what agrees as it is, a runner that
+    does what is said would have given another answer.
+    """
+    if any(trial.ok and trial.agreement(faults) < 1 for trial in trials):
+        return False
+    others = _without(faults, fault)
+    pairs = [(trial.agreement(faults), trial.agreement(others)) for trial in trials if not trial.ok]
+    borne_on = [with_it for with_it, without in pairs if with_it != without]
+    explained = [with_it for with_it, without in pairs if with_it == 1 > without]
+    return 2 * len(explained) > len(borne_on)
+
+
+def _worth(trials: Sequence[_Trial], faults: Sequence[Fault]) -> tuple[int, float]:
+    """Order sets of faults: by how many answers they give exactly, then by how near they come to all."""
+    return sum(trial.agreement(faults) == 1 for trial in trials), _mean_agreement(trials, faults)
+
+
+def _without(faults: Sequence[Fault], fault: Fault) -> list[Fault]:
+    return [other for other in faults if other is not fault]
 
 
 def _mean_agreement(trials: Sequence[_Trial], faults: Sequence[Fault]) -> float:
@@ -265,10 +300,10 @@ def _mean_agreement(trials: Sequence[_Trial], faults: Sequence[Fault]) -> float:
 
 
 def _difference(fault: Fault, trials: Sequence[_Trial], faults: Sequence[Fault]) -> Difference:
-    """Name the cases whose answer is explained less well without a fault."""
-    others = [other for other in faults if other is not fault]
-    names = [trial.case.name for trial in trials if trial.agreement(faults) > trial.agreement(others)]
-    return Difference(fault.name, fault.words, tuple(names))
+    """Name the cases that do not agree, and are explained less well without a fault."""
+    others = _without(faults, fault)
+    changed = [trial for trial in trials if not trial.ok and trial.agreement(faults) > trial.agreement(others)]
+    return Difference(fault.name, fault.words, tuple(trial.case.name for trial in changed))
 
 
 def _told(value: Any) -> str:
