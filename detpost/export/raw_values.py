@@ -15,7 +15,7 @@ from detpost.export.runtime import onnx_values
 from detpost.export.source import first_line
 from detpost.export.surgery import held_values, true_inputs, value_names
 from detpost.export.tail import Tail
-from detpost.export.weights import read_onnx
+from detpost.export.weights import read_onnx, weights_size
 from detpost.spec import DecodeSpec
 
 if TYPE_CHECKING:
@@ -26,6 +26,8 @@ __all__ = ["Candidate", "RawValues", "find_raw_values", "list_candidates"]
 Shape = tuple[int | str, ...]
 
 _MOST_LISTED = 30
+# Of weights, for a model that is run once; larger ones are streamed from file to file, and nothing is run.
+_MOST_BYTES_RUN = 512 * 2**20
 _BOX_WORDS = ("box", "dets", "coord", "loc")
 _LOGIT_WORDS = ("logit", "cls", "class", "label", "score", "prob", "conf")
 
@@ -205,6 +207,8 @@ def _inside(
 
 def _are_in_pixels(model: onnx.ModelProto, boxes: str, folder: Path | None) -> bool:
     """Tell whether boxes of an image of noise are far out of an image of size 1; not so where no runtime says it."""
+    if weights_size(model, folder) > _MOST_BYTES_RUN:
+        return False
     try:
         value = onnx_values(model, [boxes], folder)[boxes]
     except (ImportError, ValueError):
