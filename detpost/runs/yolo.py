@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import filecmp
 import itertools
 import json
@@ -68,13 +67,10 @@ def _write(row: Mapping[str, Any], labels: Path) -> bool:
     name = PurePosixPath(*steps) if steps else PurePosixPath("_")
     short = str(name.with_suffix(".txt"))
     others = (f"{name}{f'.{number}' if number else ''}.txt" for number in itertools.count())
-    for candidate in itertools.chain([short], others):
-        path = labels / candidate
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(FileExistsError), path.open("x", encoding="utf-8") as file:
-            file.writelines(_lines(row))
-            return candidate != short
-    raise AssertionError("there is always a number more")
+    path = next(path for each in itertools.chain([short], others) if not (path := labels / each).exists())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(_lines(row)), encoding="utf-8")
+    return path != labels / short
 
 
 def _lines(row: Mapping[str, Any]) -> Iterator[str]:
